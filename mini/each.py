@@ -1,0 +1,81 @@
+"""Run one `neon` command for many seeds and settings, side by side in single-thread processes.
+
+    python each.py --each seed=0-3 --each setting=euler10,heun18 --settings params.yaml:edm.settings \\
+        neon generate --family edm --model base/{seed}.safetensors {setting.sampling} --out S/{setting}/{seed}
+
+Names in braces are replaced; {setting.sampling} is an entry of the setting's table in the YAML file. Equivalent to
+typing the commands one after the other.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import re
+import shlex
+import sys
+
+import yaml
+
+
+def expand(template: list[str], values: dict[str, str], tables: dict) -> list[str]:
+    """The command with its {names} filled in; a word that is only one {name} may become several words."""
+
+    def fill(match):
+        name, _, entry = match[1].partition(".")
+        return str(tables[values[name]][entry] if entry else values[name])
+
+    words = []
+    for word in template:
+        filled = re.sub(r"\{([\w.]+)\}", fill, word)
+        words += shlex.split(filled) if re.fullmatch(r"\{[\w.]+\}", word) else [filled]
+    return words
+
+
+def values_of(text: str) -> tuple[str, list[str]]:
+    """'seed=0-3' or 'setting=a,b' → name and values."""
+    name, _, listed = text.partition("=")
+    if span := re.fullmatch(r"(\d+)-(\d+)", listed):
+        return name, [str(i) for i in range(int(span[1]), int(span[2]) + 1)]
+    return name, listed.split(",")
+
+
+def run(command: list[str]) -> int:
+    from neon.cli import main
+
+    try:
+        main(command[1:])
+        return 0
+    except SystemExit as exit:
+        print(f"failed: {shlex.join(command)}", file=sys.stderr, flush=True)
+        return int(exit.code or 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--each", action="append", default=[], metavar="NAME=VALUES", type=values_of)
+    parser.add_argument("--settings", metavar="FILE:KEYS", help="YAML table of the settings")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="neon …")
+    args = parser.parse_args()
+    if args.command[:1] != ["neon"]:
+        parser.error("the command must be a neon command")
+    tables = {}
+    if args.settings:
+        file, _, keys = args.settings.partition(":")
+        with open(file) as f:
+            tables = yaml.safe_load(f)
+        for key in filter(None, keys.split(".")):
+            tables = tables[key]
+    names = [name for name, _ in args.each]
+    commands = [
+        expand(args.command, dict(zip(names, combination)), tables)
+        for combination in itertools.product(*(values for _, values in args.each))
+    ]
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # before a worker loads torch
+    with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(commands))) as pool:
+        return max(pool.imap_unordered(run, commands))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""Weights in files, in their native formats, read as data: nothing in a file is ever executed.
+
+`open_weights` gives a read-only mapping from names to tensors which loads a tensor when it is asked for;
+`write_weights` writes one in the format and nesting of another, tensor by tensor.
+
+    .safetensors                        one file, or a folder (or its *.index.json) with shards
+    .pth .pt .ckpt                      torch.save of a state dict, flat or nested; torch.load(weights_only=True)
+    .pkl                                EDM's and IMM's persistent pickles (neon.unpickle); read only
+"""
+
+import argparse
+import json
+import pickle
+import re
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from neon import NeonError
+from neon.io import atomic, existing, read_json
+
+# Where the public checkpoints keep the weights that are sampled from, best first; dots step into nested dicts.
+STATE_KEYS = ("model_ema", "ema", "trainer.var_wo_ddp", "var_wo_ddp", "state_dict", "model")
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """Named tensors of one file, in the file's order.
+
+    path: where they come from; format: 'safetensors', 'torch' or 'pickle'; metadata: str → str, what the file says
+    of itself (safetensors), or the recorded constructor arguments (pickle).
+    """
+
+    path: Path
+    format: str
+    metadata: dict[str, str]
+
+    def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of a tensor, without reading it where the format allows."""
+        tensor = self[name]
+        return tensor.dtype, tuple(tensor.shape)
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+class SafetensorsWeights(Weights):
+    """A .safetensors file, or the shards that an index names."""
+
+    format = "safetensors"
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.shards = _shards(path)  # file → names, or None for all
+        self._stack, self._reader, self._spec, self.metadata = ExitStack(), {}, {}, {}
+        for file, names in self.shards.items():
+            try:
+                reader = self._stack.enter_context(safe_open(existing(file), framework="pt"))
+                header = _safetensors_header(file)
+            except (SafetensorError, OSError, ValueError) as error:
+                raise NeonError(f"{file}: not a readable safetensors file ({error})") from None
+            self.metadata |= header.pop("__metadata__", {})
+            for name in names or header:
+                if name not in header:
+                    raise NeonError(f"{file}: lacks {name}, which the index places there")
+                self._reader[name] = reader
+                self._spec[name] = DTYPES.get(header[name]["dtype"]), tuple(header[name]["shape"])
+
+    def __getitem__(self, name):
+        return self._reader[name].get_tensor(name)
+
+    def __iter__(self):
+        return iter(self._reader)
+
+    def __len__(self):
+        return len(self._reader)
+
+    def spec(self, name):
+        return self._spec[name]
+
+    def close(self):
+        self._reader = {}
+        self._stack.close()
+
+
+class TorchWeights(Weights):
+    """A torch.save file. tree: everything in it; key: the path of the state dict inside, as a tuple of keys."""
+
+    format = "torch"
+
+    def __init__(self, path: Path, key: str | None = None):
+        self.path, self.metadata = path, {}
+        self.tree = _torch_load(path)
+        self.key, self._state = _find_state(self.tree, key, path)
+
+    def __getitem__(self, name):
+        return self._state[name]
+
+    def __iter__(self):
+        return iter(self._state)
+
+    def __len__(self):
+        return len(self._state)
+
+
+class PickleWeights(Weights):
+    """An EDM or IMM .pkl: the `ema` network's tensors; metadata holds its recorded constructor call."""
+
+    format = "pickle"
+
+    def __init__(self, path: Path):
+        from neon.unpickle import read_pickle
+
+        self.path = path
+        self.model = read_pickle(path)
+        self.metadata = {
+            "class_name": self.model.class_name,
+            "init_kwargs": json.dumps(self.model.init_kwargs, default=str),
+        }
+
+    def __getitem__(self, name):
+        return self.model.state_dict[name]
+
+    def __iter__(self):
+        return iter(self.model.state_dict)
+
+    def __len__(self):
+        return len(self.model.state_dict)
+
+
+def open_weights(path: str | Path, key: str | None = None) -> Weights:
+    """Open a checkpoint for reading; use it as a context manager.
+
+    key: dotted path of the state dict inside a nested .pth/.ckpt; default: the first of STATE_KEYS that is there.
+    Raises NeonError if the file is missing, damaged, of an unknown kind, or holds anything but data.
+    """
+    path = existing(path)
+    suffix = path.suffix
+    if path.is_dir() or suffix == ".safetensors" or path.name.endswith(".index.json"):
+        return SafetensorsWeights(path)
+    if suffix in (".pth", ".pt", ".ckpt"):
+        return TorchWeights(path, key)
+    if suffix == ".pkl":
+        return PickleWeights(path)
+    raise NeonError(f"{path}: unknown kind of checkpoint (know .safetensors, .pth, .pt, .ckpt, .pkl)")
+
+
+def load_weights(path: str | Path, key: str | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, in memory."""
+    with open_weights(path, key) as weights:
+        return dict(weights.items())
+
+
+def write_weights(path: str | Path, like: Weights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write (name, tensor) pairs to `path` in the format, order, nesting and dtypes of `like`, atomically.
+
+    One tensor at a time is in memory. Whatever else `like` holds (metadata; epoch, args and other entries around a
+    nested state dict) is carried over. The likes of .pkl are written as .safetensors, since the original format
+    embeds the source of the program that wrote it. Raises NeonError if the suffix does not fit the format.
+    """
+    path = Path(path)
+    if like.format == "torch":
+        _check_suffix(path, (".pth", ".pt", ".ckpt"), like)
+        _write_torch(path, like, tensors)
+    elif isinstance(like, SafetensorsWeights) and like.path.suffix != ".safetensors":
+        _check_suffix(path, ("",), like)
+        _write_shards(path, like, tensors)
+    else:
+        _check_suffix(path, (".safetensors",), like)
+        write_safetensors(path, {name: like.spec(name) for name in like}, tensors, like.metadata)
+
+
+def save_safetensors(
+    path: str | Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write a state dict as one .safetensors file, atomically, keeping its order."""
+    write_safetensors(path, {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}, state.items(), metadata)
+
+
+def write_safetensors(
+    path: str | Path,
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Stream (name, tensor) pairs, in any order, to a .safetensors file whose header is known beforehand.
+
+    The safetensors library writes a whole dict at once; a merge should not need the memory of one.
+    """
+    header: dict = {"__metadata__": dict(metadata)} if metadata else {}
+    header |= dict.fromkeys(specs)
+    offsets, end = {}, 0
+    for name, (dtype, shape) in sorted(specs.items(), key=lambda item: -item[1][0].itemsize):  # keeps data aligned
+        offsets[name], start = end, end
+        end += torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    missing = dict.fromkeys(specs)
+    with atomic(path) as partial, partial.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        data_start = f.tell()
+        for name, tensor in tensors:
+            if (tensor.dtype, tuple(tensor.shape)) != specs[name]:
+                raise NeonError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} where {specs[name]} was announced")
+            f.seek(data_start + offsets[name])
+            f.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del missing[name]
+        if missing:
+            raise NeonError(f"{next(iter(missing))}: announced but not given")
+
+
+def _write_shards(path: Path, like: SafetensorsWeights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    pairs: Iterator[tuple[str, torch.Tensor]] = iter(tensors)
+    with atomic(path) as partial:
+        partial.mkdir()
+        index = read_json(_index_file(like.path))
+        for file, names in like.shards.items():  # `like` iterates shard by shard, so the pairs come in that order
+            specs = {name: like.spec(name) for name in names}
+            write_safetensors(partial / file.name, specs, (next(pairs) for _ in names), like.metadata)
+        (partial / _index_file(like.path).name).write_text(json.dumps(index, indent=2))
+
+
+def _write_torch(path: Path, like: TorchWeights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    # torch.save wants all tensors at once, so large ones wait in memory-mapped scratch files instead of in memory.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch, atomic(path) as partial:
+        state = {}
+        for i, (name, tensor) in enumerate(tensors):
+            if tensor.nbytes > 2**20:
+                file = torch.from_file(f"{scratch}/{i}", shared=True, size=tensor.numel(), dtype=tensor.dtype)
+                tensor = file.view(tensor.shape).copy_(tensor)
+            state[name] = tensor
+        torch.save(_replace(like.tree, like.key, state), partial)
+
+
+def _replace(tree, key: tuple[str, ...], state: dict):
+    """`tree` with the state dict at `key` replaced; nothing is changed in place."""
+    return {**tree, key[0]: _replace(tree[key[0]], key[1:], state)} if key else state
+
+
+def _torch_load(path: Path):
+    try:
+        # Namespace: the command line that many training scripts store; it is inert.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it asks for {found[1]}, which is not data" if found else "its pickle is damaged or not plain data"
+        raise NeonError(f"{path}: refused, {what}") from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise NeonError(f"{path}: not a readable torch checkpoint ({str(error).splitlines()[0][:200]})") from None
+
+
+def _find_state(tree, key: str | None, path: Path) -> tuple[tuple[str, ...], dict[str, torch.Tensor]]:
+    """The key and the state dict: the given key, or the tree itself if it is flat, or the first of STATE_KEYS."""
+    if not isinstance(tree, dict):
+        raise NeonError(f"{path}: holds a {type(tree).__name__}, not a dict of tensors")
+    for candidate in [key] if key else ["", *STATE_KEYS]:
+        keys, state = tuple(candidate.split(".")) if candidate else (), tree
+        for k in keys:
+            state = state.get(k) if isinstance(state, dict) else None
+        if isinstance(state, dict) and state and all(isinstance(t, torch.Tensor) for t in state.values()):
+            return keys, state
+    where = f"no dict of tensors at {key!r}" if key else "no dict of tensors found"
+    raise NeonError(f"{path}: {where}; its entries are {', '.join(map(str, tree)) or 'none'} (choose one with --key)")
+
+
+def _index_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.safetensors.index.json"))
+    if len(found) != 1:
+        raise NeonError(f"{path}: {len(found)} files named *.safetensors.index.json, need one")
+    return found[0]
+
+
+def _shards(path: Path) -> dict[Path, list[str] | None]:
+    if path.suffix == ".safetensors" and not path.is_dir():
+        return {path: None}
+    index = _index_file(path)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise NeonError(f"{index}: no weight_map")
+    shards: dict[Path, list[str] | None] = {}
+    for name, file in weight_map.items():
+        if Path(file).name != file:
+            raise NeonError(f"{index}: shard {file!r} is not a plain file name")
+        shards.setdefault(index.parent / file, []).append(name)
+    return shards
+
+
+def _safetensors_header(path: Path) -> dict:
+    """The header in the order of the file; the library's own reader sorts names."""
+    with path.open("rb") as f:
+        (size,) = struct.unpack("<Q", f.read(8))
+        return json.loads(f.read(size))
+
+
+def _check_suffix(path: Path, allowed: tuple[str, ...], like: Weights) -> None:
+    if path.suffix not in allowed:
+        kinds = " or ".join(suffix or "a folder name without suffix" for suffix in allowed)
+        raise NeonError(f"{path}: weights from {like.path.name} are written as {kinds}")
+
+
+@torch.no_grad()
+def load_into(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Copy weights into a module whose names and shapes must agree. Raises NeonError, naming the first that does not."""
+    state = module.state_dict()
+    for name in [*state, *weights]:
+        if name not in weights or name not in state:
+            raise NeonError(f"{source}: {name} is {'missing' if name not in weights else 'not of this network'}")
+        if weights[name].shape != state[name].shape:
+            found, wanted = tuple(weights[name].shape), tuple(state[name].shape)
+            raise NeonError(f"{source}: {name} has shape {found}, this network needs {wanted}")
+        state[name].copy_(weights[name])

@@ -1,0 +1,349 @@
+"""The `neon` command. Each subcommand reads its options and makes one call into the library."""
+
+import argparse
+import dataclasses
+import sys
+import time
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from neon import NeonError, __version__
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
+    """Run a command; on NeonError print its line to stderr and exit with 1."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(prog, _peek_family(argv)).parse_args(argv)
+        args.run(args)
+    except NeonError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(error: NeonError) -> typing.NoReturn:
+    """One line on stderr, exit status 1."""
+    from neon.distributed import rank
+
+    if rank():
+        time.sleep(2)  # the same error on every rank: let rank 0 say it, whereupon torchrun stops the others
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+def family_script(command: str, family: str) -> None:
+    """What edm/selftrain.py and its like run: `neon COMMAND --family FAMILY …`."""
+    main([command, "--family", family, *sys.argv[1:]])
+
+
+def _peek_family(argv: list[str]):
+    """The family named on the command line, whose options join the parser's; None if there is none."""
+    from neon.family import get_family
+
+    peek = argparse.ArgumentParser(add_help=False)
+    peek.add_argument("--family")
+    name = peek.parse_known_args(argv)[0].family
+    return get_family(name) if name else None
+
+
+def _parser(prog: str, family) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Neon: negative extrapolation from self-training.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    p = command("merge", run_merge, "write θ_r − w (θ_s − θ_r) in the base's format")
+    p.add_argument("--base", required=True, help="checkpoint of θ_r: .safetensors, .pth, .pt, .ckpt or .pkl")
+    p.add_argument("--selftrained", required=True, help="checkpoint of θ_s, any of the formats")
+    p.add_argument("-w", type=float, required=True, help="strength; 0 is the base, −1 the self-trained model")
+    p.add_argument("--out", required=True)
+    p.add_argument("--key", help="where the state dict lies in a nested base, such as trainer.var_wo_ddp")
+    p.add_argument("--selftrained_key", help="the same for θ_s")
+    p.add_argument("--family", help="the family knows which tensors are buffers")
+
+    p = command("train", run_train, "train a base from nothing")
+    p.add_argument("--network", required=True, help="named network configuration of the family")
+    _add_training(p, family)
+
+    p = command("selftrain", run_train, "fine-tune a base briefly on its own samples: θ_r → θ_s")
+    p.add_argument("--base", required=True)
+    _add_training(p, family)
+
+    p = command("generate", run_generate, "write the synthetic set S: one PNG per seed and dataset.json")
+    p.add_argument("--model", "--base", dest="model", required=True)
+    p.add_argument("--out", required=True, help="folder; an interrupted run goes on")
+    _add_sampling(p, family)
+
+    p = command("evaluate", run_evaluate, "FID and other metrics of a model, or of a merge made in memory")
+    p.add_argument("--model", "--base", dest="base", required=True)
+    p.add_argument("--selftrained", help="θ_s; with -w")
+    p.add_argument("-w", type=float, default=0.0)
+    p.add_argument("--out", help="JSON file for the row of results")
+    _add_sampling(p, family)
+    _add_evaluation(p)
+
+    p = command("search", run_search, "evaluate a grid of w, snapshots and sampling options")
+    p.add_argument("--base", required=True)
+    p.add_argument("--selftrained", nargs="+", required=True, help="one snapshot of θ_s or several")
+    p.add_argument("-w", default="0:3:0.25", help="grid: 0:3:0.25 or --w=-1,0,0.5 (default %(default)s)")
+    p.add_argument("--w", dest="w", help=argparse.SUPPRESS)
+    p.add_argument("--grid", action="append", default=[], metavar="OPTION=GRID", help="also over a sampling option")
+    p.add_argument("--stop", type=float, help="end a row when FID exceeds its best by this much (default: never)")
+    p.add_argument("--out", required=True, help="JSON-lines file; what it holds already is not measured again")
+    _add_sampling(p, family)
+    _add_evaluation(p)
+
+    p = command("final", run_final, "evaluate base, self-trained model and the best point of a search on fresh seeds")
+    p.add_argument("--base", required=True)
+    p.add_argument("--search", required=True, help="what `neon search` wrote")
+    p.add_argument("--out", required=True, help="JSON-lines file")
+    _add_sampling(p, family)
+    _add_evaluation(p)
+
+    p = command("reference", run_reference, "statistics of real images, for FID, KID, precision and recall")
+    p.add_argument("--images", required=True, help="folder or .zip")
+    p.add_argument("--features", default="inception", help="feature extractor (default %(default)s)")
+    p.add_argument("--out", required=True, help=".npz")
+    p.add_argument("--batch_size", type=int, default=256)
+    p.add_argument("--device", choices=["cpu", "cuda"])
+    return parser
+
+
+def _add_family(p: argparse.ArgumentParser) -> None:
+    from neon.family import FAMILIES
+
+    p.add_argument("--family", required=True, help=", ".join(FAMILIES))
+    p.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
+
+
+def _add_training(p: argparse.ArgumentParser, family) -> None:
+    _add_family(p)
+    p.add_argument(
+        "--recipe", required=True, help=", ".join(family.recipes) if family else "named recipe of the family"
+    )
+    p.add_argument("--data", required=True, help="image set: folder or .zip with dataset.json")
+    p.add_argument("--out", required=True, help="folder for snapshots and state; an interrupted run goes on")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--micro_batch", type=int, help="images per forward pass and process")
+    p.add_argument("--save_every", type=count, help="images between saved states (default: at snapshots)")
+    changes = p.add_argument_group("changes to the recipe")
+    for name, kind in (("batch", count), ("lr", float), ("budget", count), ("snapshot", count), ("ramp", count)):
+        changes.add_argument(f"--{name}", type=kind)
+    changes.add_argument("--precision", choices=["float32", "float16", "bfloat16"])
+
+
+def _add_sampling(p: argparse.ArgumentParser, family) -> None:
+    _add_family(p)
+    p.add_argument("--seeds", required=True, help="images by seed: 0-49999 or 1,5-9")
+    p.add_argument("--batch_size", type=int, default=64, help="per process; changes nothing but speed")
+    if family:
+        options = p.add_argument_group(f"sampling options of {family.name}")
+        for field in dataclasses.fields(family.Sampling):
+            choices = typing.get_args(field.type) or None
+            kind = str if choices else field.type
+            options.add_argument(
+                f"--{field.name}", type=kind, choices=choices, default=field.default, help="default %(default)s"
+            )
+
+
+def _add_evaluation(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--ref", required=True, help="reference statistics, .npz with mu and sigma")
+    p.add_argument("--features", default="inception", help="inception[:PATH], inception:random, digits:PATH")
+    p.add_argument("--metrics", default="fid,is", help="of fid, is, kid, precision, recall (default %(default)s)")
+
+
+def count(text: str) -> int:
+    """'6M', '500k', '50176' → images."""
+    factor = {"k": 1000, "M": 1_000_000}.get(text[-1:], 1)
+    return round(float(text if factor == 1 else text[:-1]) * factor)
+
+
+def kappa(args, family) -> dict:
+    """The family's sampling options among the arguments."""
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(family.Sampling)}
+
+
+def run_merge(args) -> None:
+    from neon.checkpoint import open_weights, write_weights
+    from neon.family import get_family
+    from neon.merge import merge
+
+    buffers = {"is_buffer": get_family(args.family).is_buffer} if args.family else {}
+    with open_weights(args.base, args.key) as base, open_weights(args.selftrained, args.selftrained_key) as selftrained:
+        write_weights(args.out, base, merge(base, selftrained, args.w, **buffers))
+
+
+def run_train(args) -> None:
+    import torch
+
+    from neon.data import ImageSet
+    from neon.distributed import world
+    from neon.family import get_family, named
+    from neon.io import sha256
+    from neon.selftrain import train
+
+    family = get_family(args.family)
+    recipe = named(family.recipes, args.recipe, "recipe")
+    names = ("batch", "lr", "budget", "snapshot", "ramp", "precision")
+    changes = {name: value for name in names if (value := getattr(args, name)) is not None}
+    recipe = dataclasses.replace(recipe, **changes)
+    data = ImageSet(args.data)
+    with world(args.device) as here:
+        if hasattr(args, "base"):
+            model = family.load(args.base, device=here.device, **recipe.network)
+            origin = {"base": sha256(args.base)}
+        else:
+            torch.manual_seed(args.seed)
+            model = family.create(args.network, device=here.device, **recipe.network)
+            origin = {"network": args.network}
+        options = {"micro_batch": args.micro_batch, "save_every": args.save_every, "origin": origin}
+        snapshots = train(family, model, data, recipe, args.out, world=here, seed=args.seed, **options)
+        if here.rank == 0:
+            print(f"{len(snapshots)} snapshots in {args.out}, the last is {snapshots[-1].name}")
+
+
+def run_generate(args) -> None:
+    from neon.distributed import world
+    from neon.family import get_family
+    from neon.generate import generate
+    from neon.io import sha256
+    from neon.sampling import parse_seeds
+
+    family, seeds = get_family(args.family), parse_seeds(args.seeds)
+    with world(args.device) as here:
+        model = family.load(args.model, device=here.device)
+        options = kappa(args, family)
+        identity = {"model": sha256(args.model), "seeds": args.seeds, **options}
+        generate(
+            lambda s, y: family.sample(model, s, y, **options),
+            seeds,
+            family.labels(model, seeds),
+            args.out,
+            identity=identity,
+            batch=args.batch_size,
+            world=here,
+        )
+
+
+def _evaluation(args, here):
+    from neon.evaluate import Evaluation
+    from neon.features import load_extractor
+    from neon.metrics import load_reference
+    from neon.sampling import parse_seeds
+
+    return Evaluation(
+        parse_seeds(args.seeds),
+        load_extractor(args.features, here.device),
+        load_reference(args.ref),
+        tuple(args.metrics.split(",")),
+        args.batch_size,
+        here,
+    )
+
+
+def run_evaluate(args) -> None:
+    from neon.distributed import world
+    from neon.family import get_family
+    from neon.io import write_json
+    from neon.search import Candidates, Point, measure
+
+    family = get_family(args.family)
+    with world(args.device) as here:
+        evaluation = _evaluation(args, here)
+        candidates = Candidates(family, args.base, here.device)
+        result = measure(candidates, evaluation, kappa(args, family), Point(args.selftrained, args.w))
+        if here.rank == 0:
+            print(summary(result, evaluation.metrics))
+            if args.out:
+                write_json(args.out, result)
+
+
+def run_search(args) -> None:
+    from neon.distributed import world
+    from neon.family import get_family
+    from neon.search import Candidates, Rows, grid, parse_grid, scorer
+
+    family = get_family(args.family)
+    grids = dict(_grid_option(text, family) for text in args.grid)
+    with world(args.device) as here:
+        evaluation = _evaluation(args, here)
+        rows = Rows(args.out, write=here.rank == 0)
+        rows.rows = here.gather(rows.rows)[0]  # ranks must agree on what is left to do
+        score = scorer(Candidates(family, args.base, here.device), evaluation, kappa(args, family), rows)
+        best = None
+        for point, fid in grid(lambda p: score(p)["fid"], args.selftrained, parse_grid(args.w), grids, args.stop):
+            if here.rank == 0:
+                print(summary(score(point), evaluation.metrics), flush=True)
+            best = min(best or (fid, point), (fid, point), key=lambda pair: pair[0])
+        if here.rank == 0:
+            print(f"best: {summary(score(best[1]), evaluation.metrics)}")
+
+
+def _grid_option(text: str, family) -> tuple[str, list]:
+    from neon.search import parse_grid
+
+    name, _, values = text.partition("=")
+    fields = {field.name: field for field in dataclasses.fields(family.Sampling)}
+    if name not in fields or not values:
+        raise NeonError(f"not a grid over a sampling option: {text!r} (write OPTION=GRID; know {', '.join(fields)})")
+    kind = fields[name].type
+    if kind in (int, float):
+        return name, [kind(v) for v in parse_grid(values)]
+    return name, values.split(",")
+
+
+def run_final(args) -> None:
+    from neon.distributed import world
+    from neon.family import get_family
+    from neon.search import Candidates, Point, Rows, scorer
+
+    family = get_family(args.family)
+    searched = list(Rows(args.search, write=False).rows.values())
+    if not searched:
+        raise NeonError(f"{args.search}: no finished search there")
+    swept = [f.name for f in dataclasses.fields(family.Sampling) if len({row[f.name] for row in searched}) > 1]
+
+    def point(row, w=None):
+        w = row["w"] if w is None else w
+        return Point(row["selftrained"] if w else None, w, tuple((name, row[name]) for name in swept))
+
+    best = min(searched, key=lambda row: row["fid"])
+    base = min((row for row in searched if row["w"] == 0), key=lambda row: row["fid"], default=best)
+    trained = best if best["selftrained"] else next(row for row in searched if row["selftrained"])
+    points = {"base": point(base, 0.0), "selftrained": point(trained, -1.0), "neon": point(best)}
+    with world(args.device) as here:
+        evaluation = _evaluation(args, here)
+        rows = Rows(args.out, write=here.rank == 0)
+        rows.rows = here.gather(rows.rows)[0]
+        score = scorer(Candidates(family, args.base, here.device), evaluation, kappa(args, family), rows)
+        for role, at in points.items():
+            result = score(at)
+            if here.rank == 0:
+                print(f"{role:12s}{summary(result, evaluation.metrics)}")
+
+
+def run_reference(args) -> None:
+    from neon.data import ImageSet
+    from neon.evaluate import reference_of
+    from neon.features import load_extractor
+    from neon.metrics import save_reference
+
+    if Path(args.out).suffix != ".npz":
+        raise NeonError(f"{args.out}: reference statistics are written as .npz")
+    device = args.device or "cpu"
+    save_reference(
+        reference_of(ImageSet(args.images), load_extractor(args.features, device), args.batch_size), args.out
+    )
+
+
+def summary(row: dict, metrics: Sequence[str]) -> str:
+    """'w 1.5  B 20000  FID 12.34  …' for people."""
+    shown = [f"w {row['w']:g}", f"B {row['budget']}"] if row["selftrained"] else ["w 0"]
+    shown += [f"{m.upper() if len(m) < 4 else m} {row[m]:.4g}" for m in metrics]
+    return "  ".join([*shown, f"n {row['n']}", f"{row['seconds']:.1f} s"])

@@ -1,0 +1,78 @@
+"""One process or many under torchrun: the same calls."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all: its rank, their number, its device."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | str = "cpu"
+
+    def gather(self, value) -> list:
+        """`value` of every rank, in rank order, on every rank. Any picklable object; tensors should be on the CPU."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def average(self, tensors: list[torch.Tensor]) -> None:
+        """Replace each tensor by its mean over ranks, in place, in buckets of about 64 MB."""
+        if self.size == 1:
+            return
+        bucket, room = [], 2**26
+        for tensor in [*tensors, None]:
+            if tensor is None or room <= 0:
+                if bucket:
+                    flat = torch.cat([t.reshape(-1) for t in bucket])
+                    dist.all_reduce(flat)
+                    flat /= self.size
+                    for t, part in zip(bucket, flat.split([t.numel() for t in bucket])):
+                        t.copy_(part.view_as(t))
+                bucket, room = [], 2**26
+            if tensor is not None:
+                bucket.append(tensor)
+                room -= tensor.numel() * tensor.element_size()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def rank() -> int:
+    """This process's rank as torchrun tells it, before any set-up."""
+    return int(os.environ.get("RANK", 0))
+
+
+@contextmanager
+def world(device: str | None = None) -> Iterator[World]:
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be alone.
+
+    device: 'cuda', 'cpu' or None for the GPU of this local rank if there is one.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if torch.device(device).type == "cpu":
+        torch.set_flush_denormal(True)  # zero-initialised layers make denormals, which are several times slower
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield World(rank(), size, torch.device(device))
+        if size > 1:
+            dist.barrier()
+    finally:
+        if size > 1:
+            dist.destroy_process_group()

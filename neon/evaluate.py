@@ -1,0 +1,135 @@
+"""Sampler → features → statistics → metrics, in memory, over any number of processes."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+
+from neon import NeonError, metrics
+from neon.distributed import World
+from neon.features import Extractor
+from neon.io import progress
+from neon.metrics import InceptionScore, Moments, Reference
+from neon.sampling import shard
+
+ALONE = World()
+METRICS = ("fid", "is", "kid", "precision", "recall")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What makes numbers of two models comparable: the images' names (hence noise), features, reference and metrics."""
+
+    seeds: torch.Tensor  # (n,) int64
+    extractor: Extractor
+    reference: Reference
+    metrics: tuple[str, ...] = ("fid", "is")
+    batch: int = 64  # images per forward pass and process; changes nothing but speed
+    world: World = ALONE
+
+    def __post_init__(self):
+        unknown = [m for m in self.metrics if m not in METRICS]
+        if unknown:
+            raise NeonError(f"unknown metric {unknown[0]!r} (know {', '.join(METRICS)})")
+        if self.extractor.dim != len(self.reference.mu):
+            found, wanted = self.extractor.dim, len(self.reference.mu)
+            raise NeonError(f"features have {found} dimensions, the reference {self.reference.name} has {wanted}")
+        if self.keeps_features and self.reference.features is None:
+            raise NeonError(
+                f"{self.reference.name} has no features, which {', '.join(self.keeps_features)} compare with"
+            )
+
+    @property
+    def keeps_features(self) -> tuple[str, ...]:
+        return tuple(m for m in self.metrics if m in ("kid", "precision", "recall"))
+
+    def identity(self) -> dict:
+        """What the numbers depend on beside the model, JSON values."""
+        seeds = self.seeds.tolist()
+        return {
+            "n": len(seeds),
+            "seeds": f"{seeds[0]}-{seeds[-1]}" if seeds == list(range(seeds[0], seeds[-1] + 1)) else seeds,
+            "features": self.extractor.name,
+            "reference": self.reference.sha256,
+            "metrics": list(self.metrics),
+        }
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        sample: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+        labels: torch.Tensor | None = None,
+        desc: str = "evaluate",
+    ) -> dict[str, float]:
+        """Metrics of the images that `sample` makes: (seeds (b,), labels (b,) or None) → uint8 (b, 1 or 3, H, W).
+
+        labels: (n,) int64 for all seeds. Every rank gets the same result. 'is' adds 'is_std' over its splits, 'kid'
+        adds 'kid_std' over its subsets.
+        """
+        n, extractor, world = len(self.seeds), self.extractor, self.world
+        moments = Moments(extractor.dim, extractor.device)
+        scores = InceptionScore(n, extractor.classes, extractor.device) if "is" in self.metrics else None
+        kept = []
+        with progress(n, "img", desc, world.rank) as bar:
+            for part in shard(n, world.rank, world.size, self.batch):
+                images = sample(self.seeds[part], None if labels is None else labels[part])
+                features, logits = extractor(images.expand(-1, 3, -1, -1))
+                moments.update(features)
+                if scores is not None:
+                    scores.update(logits, torch.arange(n)[part])
+                if self.keeps_features:
+                    kept.append(features.cpu())
+                bar.update(len(images) * world.size)
+        moments = _merged(world, moments)
+        result = {}
+        if "fid" in self.metrics:
+            result["fid"] = metrics.frechet_distance(moments.mean, moments.cov, self.reference)
+        if scores is not None:
+            result["is"], result["is_std"] = _merged(world, scores).score()
+        if self.keeps_features:
+            own = torch.cat(kept) if kept else torch.empty(0, extractor.dim)
+            generated = torch.cat(world.gather(own)).to(extractor.device)
+            real = self.reference.features.to(extractor.device)
+            if "kid" in self.metrics:
+                result["kid"], result["kid_std"] = metrics.kid(generated, real, subset_size=min(1000, n, len(real)))
+            if {"precision", "recall"} & set(self.metrics):
+                precision, recall = metrics.precision_recall(real, generated)
+                result |= {"precision": precision, "recall": recall}
+        return result
+
+
+def _merged(world: World, mine):
+    """Statistics of all ranks, merged in rank order."""
+    first, *others = world.gather(mine)
+    for other in others:
+        first.merge(other)
+    return first
+
+
+def reference_of(images, extractor: Extractor, batch: int = 256, keep_features: bool = True) -> Reference:
+    """Statistics of a neon.data.ImageSet."""
+    moments, kept = Moments(extractor.dim, extractor.device), []
+    with progress(len(images), "img", "reference") as bar:
+        for part in torch.arange(len(images)).split(batch):
+            features = extractor(images.images(part.tolist()).expand(-1, 3, -1, -1)).features
+            moments.update(features)
+            kept.append(features.cpu())
+            bar.update(len(part))
+    return Reference(moments.mean, moments.cov, torch.cat(kept) if keep_features else None)
+
+
+def row(family: str, evaluation: Evaluation, kappa: Mapping, result: Mapping, started: float, **model) -> dict:
+    """One line of results: which model, how sampled, how measured, what came out, with what software."""
+    return {
+        "family": family,
+        **model,
+        **kappa,
+        **evaluation.identity(),
+        **result,
+        "seconds": round(time.monotonic() - started, 1),
+        "world": evaluation.world.size,
+        "device": str(evaluation.world.device).partition(":")[0],
+        "versions": {name: version(name) for name in ("torch", "torch-fidelity", "numpy")},
+    }

@@ -1,0 +1,96 @@
+"""What the method needs to know of a model family, and how it finds one."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, Protocol
+
+import torch
+
+from neon import NeonError
+
+FAMILIES = {"edm": "edm.family"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: a base from nothing, or θ_s from θ_r. Every count is in images, not steps."""
+
+    batch: int  # images per step, over all processes
+    lr: float
+    budget: int  # images in all (B)
+    snapshot: int  # images between snapshots
+    ramp: int = 0  # lr rises linearly from 0 over so many images; the first step has lr 0
+    anneal: Literal["none", "linear", "cosine"] = "none"  # then falls to 0 at the budget
+    optimizer: Literal["adam", "adamw"] = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # adamw only, on tensors of two or more dimensions
+    ema_halflife: float | None = None  # images
+    ema_decay: float | None = None  # per step; at most one of the two is set
+    clip: float | None = None  # global gradient norm
+    clean_grads: bool = False  # NaN → 0, ±inf → ±1e5 before the step
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"  # autocast
+    order: Literal["window", "epoch"] = "epoch"  # how images are shuffled (neon.data)
+    network: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))  # constructor options changed
+    loss: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))  # options of the family's loss
+
+    def lr_at(self, images: int) -> float:
+        """Learning rate of the step that starts after `images` images."""
+        lr = self.lr * min(images / self.ramp, 1) if self.ramp else self.lr
+        left = 1 - max(images - self.ramp, 0) / max(self.budget - self.ramp, 1)
+        if self.anneal == "linear":
+            lr *= left
+        elif self.anneal == "cosine":
+            lr *= 0.5 - 0.5 * float(torch.cos(torch.tensor(torch.pi * left)))
+        return lr
+
+    def ema_beta(self) -> float | None:
+        """Weight of the old average in one step, or None if there is no average."""
+        return self.ema_decay if self.ema_halflife is None else 0.5 ** (self.batch / self.ema_halflife)
+
+
+class Family(Protocol):
+    """A module such as edm.family. Images: uint8 (N, C, H, W); labels: int64 (N,), or None for unconditional models."""
+
+    name: str
+    networks: Mapping[str, Mapping[str, object]]  # named constructor options
+    recipes: Mapping[str, Recipe]
+    Sampling: type  # frozen dataclass of the sampling options κ; its fields are the command-line options
+    is_buffer: Callable[[str], bool]  # names in a state dict that are never merged
+
+    def create(self, config: str, *, device, **options) -> torch.nn.Module:
+        """A new network from a named configuration, initialised from the global generator."""
+
+    def load(self, path, *, device, **options) -> torch.nn.Module:
+        """A network from an original or own checkpoint, in eval mode; options override its constructor's."""
+
+    def weights(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The part of the model that is trained, merged and stored."""
+
+    def metadata(self, model: torch.nn.Module) -> dict[str, str]:
+        """What load needs beside the weights, for the header of a .safetensors file."""
+
+    def labels(self, model: torch.nn.Module, seeds: torch.Tensor) -> torch.Tensor | None:
+        """The labels of the images named by seeds, if the user gives none."""
+
+    def sample(self, model, seeds: torch.Tensor, labels: torch.Tensor | None, **kappa) -> torch.Tensor:
+        """One image per seed, on the model's device; image i depends on seeds[i], labels[i] and kappa only."""
+
+    def loss(self, model, images, labels, generator: torch.Generator, **options) -> torch.Tensor:
+        """Mean training loss of a batch, a scalar; all randomness but dropout's from `generator`."""
+
+
+def get_family(name: str) -> Family:
+    """The family of that name. Raises NeonError if there is none."""
+    if name not in FAMILIES:
+        raise NeonError(f"unknown family {name!r} (know {', '.join(FAMILIES)})")
+    return importlib.import_module(FAMILIES[name])
+
+
+def named(table: Mapping[str, object], name: str, what: str):
+    """table[name]. Raises NeonError that lists the names there are."""
+    if name not in table:
+        raise NeonError(f"unknown {what} {name!r} (know {', '.join(table)})")
+    return table[name]

@@ -1,0 +1,65 @@
+"""The synthetic set S: a model's samples as an image set on disk (EDM's convention), resumable."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from neon import NeonError
+from neon.data import encode_png, image_name
+from neon.distributed import World
+from neon.io import atomic, progress, read_json, write_json
+from neon.sampling import shard
+
+
+@torch.no_grad()
+def generate(
+    sample,
+    seeds: torch.Tensor,
+    labels: torch.Tensor | None,
+    out: str | Path,
+    *,
+    identity: dict,
+    batch: int,
+    world: World,
+) -> None:
+    """Write one PNG per seed, named by the seed, to `out`, and dataset.json when all are there.
+
+    sample: (seeds (b,), labels (b,) or None) → uint8 (b, C, H, W). identity: JSON values that tell this set from any
+    other (checkpoint, sampling options), kept in generate.json. Images that are there are kept, so an interrupted run
+    goes on; the files are the same for any batch size and number of processes. Raises NeonError if the folder holds
+    another set.
+    """
+    out = Path(out)
+    record = out / "generate.json"
+    if record.exists() and (found := read_json(record)) != identity:
+        differs = next(k for k in sorted(found.keys() | identity.keys()) if found.get(k) != identity.get(k))
+        raise NeonError(f"{out} holds another set ({differs} differs); choose another --out")
+    if not record.exists() and out.exists() and any(out.iterdir()):
+        raise NeonError(f"{out} is not empty and not a set of generated images; choose another --out")
+    world.barrier()
+    if world.rank == 0:
+        write_json(record, identity)
+    names = [image_name(seed) for seed in seeds.tolist()]
+    todo = torch.tensor([i for i, name in enumerate(names) if not (out / name).exists()], dtype=torch.int64)
+    world.barrier()  # all ranks have listed what is missing before any of them writes
+
+    def write(name: str, image: torch.Tensor) -> None:
+        with atomic(out / name) as partial:
+            partial.write_bytes(encode_png(image))
+
+    with (
+        progress(len(seeds), "img", "generate", world.rank, len(seeds) - len(todo)) as bar,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        for part in shard(len(todo), world.rank, world.size, batch):
+            chosen = todo[part]
+            images = sample(seeds[chosen], None if labels is None else labels[chosen]).cpu()
+            list(pool.map(write, [names[i] for i in chosen], images))
+            bar.update(len(chosen) * world.size)
+    world.barrier()
+    if world.rank == 0:
+        with atomic(out / "dataset.json") as partial:
+            pairs = None if labels is None else [list(pair) for pair in zip(names, labels.tolist())]
+            partial.write_text(json.dumps({"labels": pairs}))

@@ -1,0 +1,75 @@
+"""Which images are made, by whom, from which random numbers.
+
+An image is named by its seed. Each seed owns a random stream, so image i is the same whatever the
+batch it is made in and however many processes share the work.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from neon import NeonError
+
+
+class Streams:
+    """One random generator per image; every draw returns one row per image.
+
+    seeds: (N,) int64, taken modulo 2^32. The numbers depend on the device type: CUDA and CPU generators
+    give different streams for the same seed (as in EDM, whose samples are made with CUDA generators).
+    """
+
+    def __init__(self, seeds: torch.Tensor | Sequence[int], device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.generators = [torch.Generator(self.device).manual_seed(int(seed) % 2**32) for seed in seeds]
+
+    def __len__(self) -> int:
+        return len(self.generators)
+
+    def randn(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Standard normals, (N, *shape)."""
+        return self._stack(torch.randn, shape, dtype)
+
+    def rand(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Uniforms in [0, 1), (N, *shape)."""
+        return self._stack(torch.rand, shape, dtype)
+
+    def randint(self, high: int) -> torch.Tensor:
+        """Integers in [0, high), (N,) int64."""
+        return torch.stack([torch.randint(high, (), generator=g, device=self.device) for g in self.generators])
+
+    def _stack(self, draw, shape, dtype):
+        out = torch.empty(len(self), *shape, dtype=dtype, device=self.device)
+        for row, generator in zip(out, self.generators):
+            draw(row.shape, generator=generator, dtype=dtype, device=self.device, out=row)
+        return out
+
+
+def parse_seeds(text: str) -> torch.Tensor:
+    """'0-4', '1,3,8-10' → (N,) int64, in the order written. Raises NeonError."""
+    ranges = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        try:
+            low, high = int(first), int(last or first)
+        except ValueError:
+            raise NeonError(f"not a list of seeds: {text!r} (write 0-49999 or 1,2,5-9)") from None
+        if high < low:
+            raise NeonError(f"empty range of seeds: {part.strip()!r}")
+        ranges.append(torch.arange(low, high + 1))
+    return torch.cat(ranges)
+
+
+def balanced_labels(n: int, classes: int, seed: int = 0) -> torch.Tensor:
+    """n class labels, each class as often as any other (±1), shuffled; (n,) int64.
+
+    The same on every rank: nothing but the arguments decides.
+    """
+    labels = np.arange(n) * classes // max(n, classes) if n < classes else np.arange(n) % classes
+    return torch.from_numpy(np.random.default_rng(seed).permutation(labels))
+
+
+def shard(n: int, rank: int, world: int, batch: int) -> list[slice]:
+    """The batches of rank: contiguous slices of at most `batch` that cover its part of range(n)."""
+    start, stop = n * rank // world, n * (rank + 1) // world
+    return [slice(i, min(i + batch, stop)) for i in range(start, stop, batch)]

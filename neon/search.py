@@ -1,0 +1,154 @@
+"""Which w (and which snapshot, guidance, …)? Every evaluation is one row of a file and is never repeated."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from neon import NeonError
+from neon.checkpoint import load_weights
+from neon.evaluate import Evaluation, row
+from neon.family import Family
+from neon.io import sha256
+from neon.merge import merge
+
+
+@dataclass(frozen=True)
+class Point:
+    """One candidate: a snapshot of θ_s (None: the base itself), w, and the sampling options κ that are searched."""
+
+    selftrained: str | None = None
+    w: float = 0.0
+    kappa: tuple[tuple[str, object], ...] = ()
+
+
+class Candidates:
+    """A base and its self-trained snapshots: any θ_r − w (θ_s − θ_r), loaded into one network."""
+
+    def __init__(self, family: Family, base: str | Path, device: torch.device | str, **options):
+        self.family, self.base_path = family, Path(base)
+        self.model = family.load(base, device=device, **options)
+        self._read = lru_cache(maxsize=1)(load_weights)
+
+    @cached_property
+    def base(self) -> dict[str, torch.Tensor]:
+        return load_weights(self.base_path)
+
+    def load(self, selftrained: str | Path | None, w: float) -> torch.nn.Module:
+        """The network with merged weights; w = 0 or no snapshot is the base."""
+        if w and selftrained is None:
+            raise NeonError(f"w = {w} needs a self-trained checkpoint")
+        state = dict(merge(self.base, self._read(selftrained), w, self.family.is_buffer)) if w else self.base
+        self.family.weights(self.model).load_state_dict(state)
+        return self.model
+
+
+def measure(candidates: Candidates, evaluation: Evaluation, kappa: Mapping[str, object], point: Point) -> dict:
+    """Merge, sample and measure one point: a row of results."""
+    started = time.monotonic()
+    family, options = candidates.family, {**kappa, **dict(point.kappa)}
+    model = candidates.load(point.selftrained, point.w)
+    labels = family.labels(model, evaluation.seeds)
+    result = evaluation(lambda s, y: family.sample(model, s, y, **options), labels, desc=f"w = {point.w:g}")
+    return row(family.name, evaluation, options, result, started, **identity(candidates, point))
+
+
+def identity(candidates: Candidates, point: Point) -> dict:
+    """Which weights a point stands for, JSON values."""
+    return {
+        "w": point.w,
+        "base": str(candidates.base_path),
+        "base_sha256": digest(candidates.base_path),
+        "selftrained": point.selftrained,
+        "selftrained_sha256": digest(point.selftrained) if point.selftrained else None,
+        "budget": budget_of(point.selftrained),
+    }
+
+
+@lru_cache
+def digest(path: str | Path) -> str:
+    return sha256(path)
+
+
+def budget_of(snapshot: str | None) -> int:
+    """B, the images a snapshot was trained on, read off its name; 0 for the base."""
+    digits = Path(snapshot).stem.rpartition("-")[2] if snapshot else "0"
+    return int(digits) if digits.isdigit() else 0
+
+
+class Rows:
+    """A JSON-lines file of results, each with the key of what it depends on; a line torn by a kill is dropped."""
+
+    def __init__(self, path: str | Path, write: bool = True):
+        self.path, self.write = Path(path), write
+        self.rows: dict[str, dict] = {}
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            if write and lines and not lines[-1].endswith("\n"):
+                self.path.write_text("".join(lines[:-1]))
+            self.rows = {row["key"]: row for row in map(json.loads, filter(lambda line: line.endswith("\n"), lines))}
+
+    def cached(self, key: str, compute: Callable[[], dict]) -> dict:
+        """The row of that key, computed and appended at once if it is not there."""
+        if key not in self.rows:
+            self.rows[key] = {**compute(), "key": key}
+            if self.write:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a") as f:
+                    f.write(json.dumps(self.rows[key]) + "\n")
+        return self.rows[key]
+
+
+def scorer(
+    candidates: Candidates, evaluation: Evaluation, kappa: Mapping[str, object], rows: Rows
+) -> Callable[[Point], dict]:
+    """point → its row, from the file if it was measured before under the same conditions."""
+
+    def score(point: Point) -> dict:
+        facts = identity(candidates, point) | {"base": None, "selftrained": None}  # digests count, not paths
+        facts |= {**kappa, **dict(point.kappa)} | evaluation.identity() | {"family": candidates.family.name}
+        return rows.cached(json.dumps(facts, sort_keys=True), lambda: measure(candidates, evaluation, kappa, point))
+
+    return score
+
+
+def grid(
+    score: Callable[[Point], float],
+    snapshots: Sequence[str],
+    weights: Sequence[float],
+    kappas: Mapping[str, Sequence],
+    stop: float | None = None,
+) -> Iterator[tuple[Point, float]]:
+    """Score every (snapshot, κ) row over w in the given order.
+
+    stop: end a row when its score rises by more than this over its best, as the original scripts do (0.02 to 0.03 for
+    FID); None scores the whole grid. w = 0 is the same point for all snapshots.
+    """
+    for snapshot, values in product(snapshots, product(*kappas.values())):
+        best = float("inf")
+        for w in weights:
+            point = Point(snapshot if w else None, w, tuple(zip(kappas, values)))
+            value = score(point)
+            yield point, value
+            if stop is not None and value > best + stop:
+                break
+            best = min(best, value)
+
+
+def parse_grid(text: str) -> list[float]:
+    """'0:2:0.25' (both ends included) or '-1,0,0.5' → floats. Raises NeonError."""
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        low, high, step = (float(part) for part in text.split(":"))
+        count = round((high - low) / step)
+        if count < 0 or abs(low + count * step - high) > 1e-9:
+            raise ValueError
+        return [round(low + i * step, 10) for i in range(count + 1)]
+    except (ValueError, ZeroDivisionError):
+        raise NeonError(f"not a grid: {text!r} (write 0:2:0.25 or -1,0,0.5)") from None

@@ -1,0 +1,235 @@
+"""The training loop: θ_r → θ_s on the model's own samples, and, at mini scale, a base from nothing.
+
+What a step does depends on its number alone (learning rate, images, random numbers), so a run that was killed goes on
+from its last saved state to the same weights as one that was not.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from neon import NeonError
+from neon.checkpoint import open_weights, save_safetensors
+from neon.data import ORDERS, ImageSet, batches
+from neon.distributed import World
+from neon.family import Family, Recipe
+from neon.io import progress
+
+STATE = "state.safetensors"
+
+
+def snapshot_name(images: int, kind: str = "snapshot") -> str:
+    return f"{kind}-{images:09d}.safetensors"
+
+
+def train(
+    family: Family,
+    model: torch.nn.Module,
+    data: ImageSet,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    world: World,
+    seed: int = 0,
+    micro_batch: int | None = None,
+    save_every: int | None = None,
+    origin: Mapping[str, object] | None = None,
+) -> list[Path]:
+    """Train `model` on `data` for recipe.budget images and return the paths of the snapshots.
+
+    Written to `out`: snapshot-<images>.safetensors, the weights that are sampled from and merged (the moving average if
+    the recipe has one, else the raw weights), raw-<images>.safetensors beside an average, log.jsonl, and
+    state.safetensors, from which an interrupted run goes on. The run's identity is recipe, seed, world size, data size
+    and `origin` (say, the sha256 of the base).
+
+    micro_batch: images per forward pass and process (default all of the process's share);
+    save_every: images between states (default recipe.snapshot). Raises NeonError if the folder holds another run, if
+    the batch does not divide over the processes, or if the loss stops being finite (the last snapshot stays).
+    """
+    out = Path(out)
+    if recipe.batch % world.size:
+        raise NeonError(f"batch {recipe.batch} does not divide over {world.size} processes")
+    network = family.weights(model).train().requires_grad_(True)
+    params = dict(network.named_parameters())
+    beta = recipe.ema_beta()
+    ema = {name: p.detach().clone() for name, p in params.items()} if beta is not None else None
+    optimizer = make_optimizer(params, recipe)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "float16")
+    identity = _identity(recipe, seed, world, len(data), origin)
+    images = _restore(out / STATE, identity, params, ema, optimizer, scaler)
+
+    share = recipe.batch // world.size
+    order = islice(ORDERS[recipe.order](len(data), seed), images, None)
+    stream = batches(data, order, recipe.batch, world.rank, world.size)
+    generator = torch.Generator(world.device)
+    log = _Log(out / "log.jsonl", images, world, every=max(recipe.budget // recipe.batch // 100, 1) * recipe.batch)
+    metadata = family.metadata(model)
+    with progress(recipe.budget, "img", "train", world.rank, images) as bar:
+        while images < recipe.budget:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr_at(images)
+            _seed_step(generator, seed, images, world.rank)
+            pixels, labels = next(stream)
+            total = torch.zeros((), device=world.device)
+            for part in torch.arange(share).split(micro_batch or share):
+                x = pixels[part].to(world.device, non_blocking=True)
+                y = None if labels is None else labels[part].to(world.device, non_blocking=True)
+                with _autocast(recipe, world):
+                    loss = family.loss(model, x, y, generator, **recipe.loss) * (len(part) / share)
+                scaler.scale(loss).backward()
+                total += loss.detach()
+            norm = _step(params, optimizer, scaler, recipe, world)
+            if ema is not None:
+                torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - beta)
+
+            due = [_crosses(images, recipe.batch, every) for every in (recipe.snapshot, save_every or recipe.snapshot)]
+            images += recipe.batch
+            bar.update(recipe.batch)
+            last = images >= recipe.budget
+            log.add(images, total, norm, optimizer.param_groups[0]["lr"], flush=last or any(due))
+            if last or due[0]:
+                _check_finite(params, images, out)
+                if world.rank == 0:
+                    _write_snapshot(out, images, network, ema, metadata | {"images": str(images)})
+            if world.rank == 0 and (last or any(due)):
+                _save(out / STATE, identity, images, params, ema, optimizer, scaler)
+    world.barrier()
+    return sorted(out.glob("snapshot-*.safetensors"))
+
+
+def make_optimizer(params: Mapping[str, torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """Adam or AdamW as the recipe says; AdamW decays tensors of two or more dimensions."""
+    options = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(params.values(), **options)
+    decayed = [p for p in params.values() if p.ndim >= 2]
+    plain = [p for p in params.values() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, **options)
+
+
+def _step(params, optimizer, scaler, recipe: Recipe, world: World) -> torch.Tensor:
+    """One optimizer step from the accumulated gradients; returns their norm before clipping."""
+    grads = [p.grad for p in params.values() if p.grad is not None]
+    world.average(grads)
+    scaler.unscale_(optimizer)
+    if recipe.clean_grads:
+        for grad in grads:
+            torch.nan_to_num_(grad, nan=0.0, posinf=1e5, neginf=-1e5)
+    norm = torch.nn.utils.get_total_norm(grads)
+    if recipe.clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(params.values(), recipe.clip, norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return norm
+
+
+def _seed_step(generator: torch.Generator, seed: int, images: int, rank: int) -> None:
+    loss_seed, dropout_seed = np.random.SeedSequence([seed, images, rank]).generate_state(2, np.uint64) >> np.uint64(1)
+    generator.manual_seed(int(loss_seed))
+    torch.manual_seed(int(dropout_seed))
+
+
+def _autocast(recipe: Recipe, world: World):
+    dtype = getattr(torch, recipe.precision)
+    return torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _crosses(images: int, batch: int, every: int) -> bool:
+    """Does this step reach or pass a multiple of `every`?"""
+    return (images + batch) // every > images // every
+
+
+def _check_finite(params: Mapping[str, torch.Tensor], images: int, out: Path) -> None:
+    for name, p in params.items():
+        if not p.isfinite().all():
+            raise NeonError(f"{name} is not finite after {images} images; {_last_good(out)}")
+
+
+def _last_good(out: Path) -> str:
+    snapshots = sorted(out.glob("snapshot-*.safetensors"))
+    return f"the last good snapshot is {snapshots[-1]}" if snapshots else "there is no snapshot yet"
+
+
+def _write_snapshot(out: Path, images: int, network: torch.nn.Module, ema, metadata: dict[str, str]) -> None:
+    state = network.state_dict()
+    if ema is not None:
+        save_safetensors(out / snapshot_name(images, "raw"), state, metadata)
+    save_safetensors(out / snapshot_name(images), state | (ema or {}), metadata)
+
+
+def _identity(recipe: Recipe, seed: int, world: World, n: int, origin) -> dict:
+    identity = asdict(recipe) | {"seed": seed, "processes": world.size, "data_images": n} | dict(origin or {})
+    return json.loads(json.dumps(identity, default=dict))
+
+
+def _save(path: Path, identity: dict, images: int, params, ema, optimizer, scaler) -> None:
+    tensors = {f"param/{name}": p for name, p in params.items()}
+    tensors |= {f"ema/{name}": p for name, p in (ema or {}).items()}
+    for name, p in params.items():
+        tensors |= {f"{slot}/{name}": value for slot, value in optimizer.state[p].items()}
+    metadata = {"run": json.dumps(identity), "images": str(images), "scaler": json.dumps(scaler.state_dict())}
+    save_safetensors(path, tensors, metadata)
+
+
+@torch.no_grad()
+def _restore(path: Path, identity: dict, params, ema, optimizer, scaler) -> int:
+    """Load a saved state in place; returns the images seen so far, 0 without a state."""
+    if not path.exists():
+        return 0
+    with open_weights(path) as state:
+        saved = json.loads(state.metadata["run"])
+        for key in sorted(identity.keys() | saved.keys()):
+            if identity.get(key) != saved.get(key):
+                was, now = saved.get(key), identity.get(key)
+                raise NeonError(
+                    f"{path.parent} holds another run ({key} is {was} there, {now} here); choose another --out"
+                )
+        slots = {name.partition("/")[0] for name in state} - {"param", "ema"}
+        for name, p in params.items():
+            p.copy_(state[f"param/{name}"])
+            if ema is not None:
+                ema[name].copy_(state[f"ema/{name}"])
+            found = {slot: state[f"{slot}/{name}"] for slot in slots if f"{slot}/{name}" in state}
+            optimizer.state[p] = {slot: t if slot == "step" else t.to(p.device) for slot, t in found.items()}
+        scaler.load_state_dict(json.loads(state.metadata["scaler"]))
+        return int(state.metadata["images"])
+
+
+class _Log:
+    """One JSON line now and then: images seen, mean loss since the last line, gradient norm, learning rate."""
+
+    def __init__(self, path: Path, images: int, world: World, every: int):
+        self.path, self.world, self.every = path, world, every
+        self.losses: list[torch.Tensor] = []
+        if world.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            path.write_text("".join(line for line in lines if _images_of(line) <= images))
+
+    def add(self, images: int, loss: torch.Tensor, norm: torch.Tensor, lr: float, flush: bool) -> None:
+        self.losses.append(loss)
+        if not flush and images % self.every:
+            return
+        mean = torch.stack(self.losses).mean()
+        self.world.average([mean])
+        self.losses.clear()
+        if not mean.isfinite():
+            raise NeonError(f"the loss is not finite after {images} images; {_last_good(self.path.parent)}")
+        if self.world.rank == 0:
+            row = {"images": images, "loss": mean.item(), "grad_norm": norm.item(), "lr": lr}
+            with self.path.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+
+
+def _images_of(line: str) -> float:
+    try:
+        return json.loads(line)["images"]
+    except (ValueError, KeyError):  # torn by a kill
+        return float("inf")
