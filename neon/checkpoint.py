@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +32,6 @@ STATE_KEYS = ("model_ema", "ema", "trainer.var_wo_ddp", "var_wo_ddp", "state_dic
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -69,37 +69,44 @@ class SafetensorsWeights(Weights):
     format = "safetensors"
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.metadata = path, {}
         self.shards = _shards(path)  # file → names, or None for all
-        self._stack, self._reader, self._spec, self.metadata = ExitStack(), {}, {}, {}
-        for file, names in self.shards.items():
+        self._files, self._place, self._spec = ExitStack(), {}, {}
+        for path, names in self.shards.items():
             try:
-                reader = self._stack.enter_context(safe_open(existing(file), framework="pt"))
-                header = _safetensors_header(file)
-            except (SafetensorError, OSError, ValueError) as error:
-                raise NeonError(f"{file}: not a readable safetensors file ({error})") from None
+                with safe_open(existing(path), framework="pt"):  # the library checks the header
+                    file = self._files.enter_context(path.open("rb"))
+                header, data_start = _safetensors_header(file)
+            except (SafetensorError, OSError) as error:
+                raise NeonError(f"{path}: not a readable safetensors file ({error})") from None
             self.metadata |= header.pop("__metadata__", {})
             for name in names or header:
                 if name not in header:
-                    raise NeonError(f"{file}: lacks {name}, which the index places there")
-                self._reader[name] = reader
-                self._spec[name] = DTYPES.get(header[name]["dtype"]), tuple(header[name]["shape"])
+                    raise NeonError(f"{path}: lacks {name}, which the index places there")
+                if header[name]["dtype"] not in DTYPES:
+                    raise NeonError(f"{path}: {name} is of dtype {header[name]['dtype']}, which is not supported")
+                self._spec[name] = DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])
+                self._place[name] = file, data_start + header[name]["data_offsets"][0]
 
     def __getitem__(self, name):
-        return self._reader[name].get_tensor(name)
+        (dtype, shape), (file, start) = self._spec[name], self._place[name]
+        tensor = torch.empty(shape, dtype=dtype)  # read, not mapped: what was read does not stay in memory
+        file.seek(start)
+        if file.readinto(_bytes(tensor)) != tensor.nbytes:
+            raise NeonError(f"{file.name}: truncated while it was read")
+        return tensor
 
     def __iter__(self):
-        return iter(self._reader)
+        return iter(self._spec)
 
     def __len__(self):
-        return len(self._reader)
+        return len(self._spec)
 
     def spec(self, name):
         return self._spec[name]
 
     def close(self):
-        self._reader = {}
-        self._stack.close()
+        self._files.close()
 
 
 class TorchWeights(Weights):
@@ -223,7 +230,7 @@ def write_safetensors(
             if (tensor.dtype, tuple(tensor.shape)) != specs[name]:
                 raise NeonError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} where {specs[name]} was announced")
             f.seek(data_start + offsets[name])
-            f.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            f.write(_bytes(tensor.detach().cpu().contiguous()))
             del missing[name]
         if missing:
             raise NeonError(f"{next(iter(missing))}: announced but not given")
@@ -241,16 +248,14 @@ def _write_shards(path: Path, like: SafetensorsWeights, tensors: Iterable[tuple[
 
 
 def _write_torch(path: Path, like: TorchWeights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    # torch.save wants all tensors at once, so large ones wait in memory-mapped scratch files instead of in memory.
+    # torch.save wants all tensors at once, so they wait in a memory-mapped scratch file instead of in memory.
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch, atomic(path) as partial:
-        state = {}
-        for i, (name, tensor) in enumerate(tensors):
-            if tensor.nbytes > 2**20:
-                file = torch.from_file(f"{scratch}/{i}", shared=True, size=tensor.numel(), dtype=tensor.dtype)
-                tensor = file.view(tensor.shape).copy_(tensor)
-            state[name] = tensor
-        torch.save(_replace(like.tree, like.key, state), partial)
+        waiting = Path(scratch, "tensors")
+        write_safetensors(waiting, {name: like.spec(name) for name in like}, tensors, {})
+        with safe_open(waiting, framework="pt") as mapped:
+            state = {name: mapped.get_tensor(name) for name in like}
+            torch.save(_replace(like.tree, like.key, state), partial)
 
 
 def _replace(tree, key: tuple[str, ...], state: dict):
@@ -309,11 +314,15 @@ def _shards(path: Path) -> dict[Path, list[str] | None]:
     return shards
 
 
-def _safetensors_header(path: Path) -> dict:
-    """The header in the order of the file; the library's own reader sorts names."""
-    with path.open("rb") as f:
-        (size,) = struct.unpack("<Q", f.read(8))
-        return json.loads(f.read(size))
+def _safetensors_header(file: BinaryIO) -> tuple[dict, int]:
+    """The header, in the order of the file (the library's own reader sorts names), and where the data start."""
+    (size,) = struct.unpack("<Q", file.read(8))
+    return json.loads(file.read(size)), 8 + size
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _check_suffix(path: Path, allowed: tuple[str, ...], like: Weights) -> None:
@@ -324,7 +333,7 @@ def _check_suffix(path: Path, allowed: tuple[str, ...], like: Weights) -> None:
 
 @torch.no_grad()
 def load_into(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Copy weights into a module whose names and shapes must agree. Raises NeonError, naming the first that does not."""
+    """Copy weights into a module. Raises NeonError, naming the first tensor that is missing, extra or misshapen."""
     state = module.state_dict()
     for name in [*state, *weights]:
         if name not in weights or name not in state:

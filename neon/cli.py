@@ -59,8 +59,10 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
         return sub
 
     p = command("merge", run_merge, "write θ_r − w (θ_s − θ_r) in the base's format")
-    p.add_argument("--base", required=True, help="checkpoint of θ_r: .safetensors, .pth, .pt, .ckpt or .pkl")
-    p.add_argument("--selftrained", required=True, help="checkpoint of θ_s, any of the formats")
+    p.add_argument(
+        "--base", type=checkpoint, required=True, help="checkpoint of θ_r: .safetensors, .pth, .pt, .ckpt or .pkl"
+    )
+    p.add_argument("--selftrained", type=checkpoint, required=True, help="checkpoint of θ_s, any of the formats")
     p.add_argument("-w", type=float, required=True, help="strength; 0 is the base, −1 the self-trained model")
     p.add_argument("--out", required=True)
     p.add_argument("--key", help="where the state dict lies in a nested base, such as trainer.var_wo_ddp")
@@ -72,25 +74,27 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     _add_training(p, family)
 
     p = command("selftrain", run_train, "fine-tune a base briefly on its own samples: θ_r → θ_s")
-    p.add_argument("--base", required=True)
+    p.add_argument("--base", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
     _add_training(p, family)
 
     p = command("generate", run_generate, "write the synthetic set S: one PNG per seed and dataset.json")
-    p.add_argument("--model", "--base", dest="model", required=True)
+    p.add_argument("--model", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
     p.add_argument("--out", required=True, help="folder; an interrupted run goes on")
     _add_sampling(p, family)
 
     p = command("evaluate", run_evaluate, "FID and other metrics of a model, or of a merge made in memory")
-    p.add_argument("--model", "--base", dest="base", required=True)
-    p.add_argument("--selftrained", help="θ_s; with -w")
+    p.add_argument("--model", "--base", dest="base", type=checkpoint, required=True, help="θ_r, or any model")
+    p.add_argument("--selftrained", type=checkpoint, help="θ_s; with -w")
     p.add_argument("-w", type=float, default=0.0)
     p.add_argument("--out", help="JSON file for the row of results")
     _add_sampling(p, family)
     _add_evaluation(p)
 
     p = command("search", run_search, "evaluate a grid of w, snapshots and sampling options")
-    p.add_argument("--base", required=True)
-    p.add_argument("--selftrained", nargs="+", required=True, help="one snapshot of θ_s or several")
+    p.add_argument("--base", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
+    p.add_argument(
+        "--selftrained", nargs="+", required=True, help="snapshots of θ_s, or training folders for all in them"
+    )
     p.add_argument("-w", default="0:3:0.25", help="grid: 0:3:0.25 or --w=-1,0,0.5 (default %(default)s)")
     p.add_argument("--w", dest="w", help=argparse.SUPPRESS)
     p.add_argument("--grid", action="append", default=[], metavar="OPTION=GRID", help="also over a sampling option")
@@ -100,7 +104,7 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     _add_evaluation(p)
 
     p = command("final", run_final, "evaluate base, self-trained model and the best point of a search on fresh seeds")
-    p.add_argument("--base", required=True)
+    p.add_argument("--base", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
     p.add_argument("--search", required=True, help="what `neon search` wrote")
     p.add_argument("--out", required=True, help="JSON-lines file")
     _add_sampling(p, family)
@@ -162,6 +166,13 @@ def count(text: str) -> int:
     """'6M', '500k', '50176' → images."""
     factor = {"k": 1000, "M": 1_000_000}.get(text[-1:], 1)
     return round(float(text if factor == 1 else text[:-1]) * factor)
+
+
+def checkpoint(text: str) -> Path:
+    """A file, or a training folder, which stands for its last snapshot."""
+    from neon.selftrain import snapshots
+
+    return snapshots(text)[-1]
 
 
 def kappa(args, family) -> dict:
@@ -257,7 +268,9 @@ def run_evaluate(args) -> None:
     with world(args.device) as here:
         evaluation = _evaluation(args, here)
         candidates = Candidates(family, args.base, here.device)
-        result = measure(candidates, evaluation, kappa(args, family), Point(args.selftrained, args.w))
+        result = measure(
+            candidates, evaluation, kappa(args, family), Point(args.selftrained and str(args.selftrained), args.w)
+        )
         if here.rank == 0:
             print(summary(result, evaluation.metrics))
             if args.out:
@@ -267,17 +280,20 @@ def run_evaluate(args) -> None:
 def run_search(args) -> None:
     from neon.distributed import world
     from neon.family import get_family
+    from neon.io import existing
     from neon.search import Candidates, Rows, grid, parse_grid, scorer
+    from neon.selftrain import snapshots
 
     family = get_family(args.family)
     grids = dict(_grid_option(text, family) for text in args.grid)
+    trained = [existing(path) for folder in args.selftrained for path in snapshots(folder)]
     with world(args.device) as here:
         evaluation = _evaluation(args, here)
         rows = Rows(args.out, write=here.rank == 0)
         rows.rows = here.gather(rows.rows)[0]  # ranks must agree on what is left to do
         score = scorer(Candidates(family, args.base, here.device), evaluation, kappa(args, family), rows)
         best = None
-        for point, fid in grid(lambda p: score(p)["fid"], args.selftrained, parse_grid(args.w), grids, args.stop):
+        for point, fid in grid(lambda p: score(p)["fid"], trained, parse_grid(args.w), grids, args.stop):
             if here.rank == 0:
                 print(summary(score(point), evaluation.metrics), flush=True)
             best = min(best or (fid, point), (fid, point), key=lambda pair: pair[0])
@@ -301,10 +317,11 @@ def _grid_option(text: str, family) -> tuple[str, list]:
 def run_final(args) -> None:
     from neon.distributed import world
     from neon.family import get_family
+    from neon.io import existing
     from neon.search import Candidates, Point, Rows, scorer
 
     family = get_family(args.family)
-    searched = list(Rows(args.search, write=False).rows.values())
+    searched = list(Rows(existing(args.search), write=False).rows.values())
     if not searched:
         raise NeonError(f"{args.search}: no finished search there")
     swept = [f.name for f in dataclasses.fields(family.Sampling) if len({row[f.name] for row in searched}) > 1]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
+import torch.distributed as dist
 
 from neon import NeonError, metrics
 from neon.distributed import World
@@ -82,12 +83,15 @@ class Evaluation:
                 if self.keeps_features:
                     kept.append(features.cpu())
                 bar.update(len(images) * world.size)
-        moments = _merged(world, moments)
+        if world.size > 1:
+            moments.all_reduce(dist.all_reduce)
+            if scores is not None:
+                scores.all_reduce(dist.all_reduce)
         result = {}
         if "fid" in self.metrics:
             result["fid"] = metrics.frechet_distance(moments.mean, moments.cov, self.reference)
         if scores is not None:
-            result["is"], result["is_std"] = _merged(world, scores).score()
+            result["is"], result["is_std"] = scores.score()
         if self.keeps_features:
             own = torch.cat(kept) if kept else torch.empty(0, extractor.dim)
             generated = torch.cat(world.gather(own)).to(extractor.device)
@@ -98,14 +102,6 @@ class Evaluation:
                 precision, recall = metrics.precision_recall(real, generated)
                 result |= {"precision": precision, "recall": recall}
         return result
-
-
-def _merged(world: World, mine):
-    """Statistics of all ranks, merged in rank order."""
-    first, *others = world.gather(mine)
-    for other in others:
-        first.merge(other)
-    return first
 
 
 def reference_of(images, extractor: Extractor, batch: int = 256, keep_features: bool = True) -> Reference:

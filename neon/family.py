@@ -3,7 +3,6 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal, Protocol
 
 import torch
@@ -33,8 +32,8 @@ class Recipe:
     clean_grads: bool = False  # NaN → 0, ±inf → ±1e5 before the step
     precision: Literal["float32", "float16", "bfloat16"] = "float32"  # autocast
     order: Literal["window", "epoch"] = "epoch"  # how images are shuffled (neon.data)
-    network: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))  # constructor options changed
-    loss: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))  # options of the family's loss
+    network: Mapping[str, object] = field(default_factory=dict)  # constructor options changed
+    loss: Mapping[str, object] = field(default_factory=dict)  # options of the family's loss
 
     def lr_at(self, images: int) -> float:
         """Learning rate of the step that starts after `images` images."""

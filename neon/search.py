@@ -1,5 +1,6 @@
 """Which w (and which snapshot, guidance, …)? Every evaluation is one row of a file and is never repeated."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,14 +113,15 @@ def scorer(
     def score(point: Point) -> dict:
         facts = identity(candidates, point) | {"base": None, "selftrained": None}  # digests count, not paths
         facts |= {**kappa, **dict(point.kappa)} | evaluation.identity() | {"family": candidates.family.name}
-        return rows.cached(json.dumps(facts, sort_keys=True), lambda: measure(candidates, evaluation, kappa, point))
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return rows.cached(key, lambda: measure(candidates, evaluation, kappa, point))
 
     return score
 
 
 def grid(
     score: Callable[[Point], float],
-    snapshots: Sequence[str],
+    snapshots: Sequence[str | Path],
     weights: Sequence[float],
     kappas: Mapping[str, Sequence],
     stop: float | None = None,
@@ -132,7 +134,7 @@ def grid(
     for snapshot, values in product(snapshots, product(*kappas.values())):
         best = float("inf")
         for w in weights:
-            point = Point(snapshot if w else None, w, tuple(zip(kappas, values)))
+            point = Point(str(snapshot) if w else None, w, tuple(zip(kappas, values)))
             value = score(point)
             yield point, value
             if stop is not None and value > best + stop:

@@ -6,7 +6,6 @@ from its last saved state to the same weights as one that was not.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +24,12 @@ STATE = "state.safetensors"
 
 def snapshot_name(images: int, kind: str = "snapshot") -> str:
     return f"{kind}-{images:09d}.safetensors"
+
+
+def snapshots(path: str | Path) -> list[Path]:
+    """The snapshots in a training folder, earliest first; a path that is no such folder is returned as it is."""
+    path = Path(path)
+    return sorted(path.glob("snapshot-*.safetensors")) or [path]
 
 
 def train(
@@ -99,7 +104,7 @@ def train(
             if world.rank == 0 and (last or any(due)):
                 _save(out / STATE, identity, images, params, ema, optimizer, scaler)
     world.barrier()
-    return sorted(out.glob("snapshot-*.safetensors"))
+    return snapshots(out)
 
 
 def make_optimizer(params: Mapping[str, torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
@@ -153,8 +158,8 @@ def _check_finite(params: Mapping[str, torch.Tensor], images: int, out: Path) ->
 
 
 def _last_good(out: Path) -> str:
-    snapshots = sorted(out.glob("snapshot-*.safetensors"))
-    return f"the last good snapshot is {snapshots[-1]}" if snapshots else "there is no snapshot yet"
+    last = snapshots(out)[-1]
+    return "there is no snapshot yet" if last == out else f"the last good snapshot is {last}"
 
 
 def _write_snapshot(out: Path, images: int, network: torch.nn.Module, ema, metadata: dict[str, str]) -> None:
@@ -165,7 +170,7 @@ def _write_snapshot(out: Path, images: int, network: torch.nn.Module, ema, metad
 
 
 def _identity(recipe: Recipe, seed: int, world: World, n: int, origin) -> dict:
-    identity = asdict(recipe) | {"seed": seed, "processes": world.size, "data_images": n} | dict(origin or {})
+    identity = vars(recipe) | {"seed": seed, "processes": world.size, "data_images": n} | dict(origin or {})
     return json.loads(json.dumps(identity, default=dict))
 
 

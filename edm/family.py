@@ -1,0 +1,101 @@
+"""EDM as the method sees it (neon.family.Family)."""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from edm.augment import augment as augmented
+from edm.configs import NETWORKS as networks
+from edm.configs import RECIPES as recipes
+from edm.loss import edm_loss
+from edm.network import EDMPrecond
+from edm.sampler import from_uint8, start
+from edm.sampler import sample as edm_sample
+from neon import NeonError
+from neon.checkpoint import load_into, open_weights
+from neon.family import named
+
+__all__ = ["Sampling", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
+
+name = "edm"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options of the sampler (Karras et al. 2022, Algorithm 2); the defaults are the paper's for CIFAR-10."""
+
+    num_steps: int = 18
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    s_churn: float = 0.0
+    s_min: float = 0.0
+    s_max: float = math.inf
+    s_noise: float = 1.0
+    solver: Literal["heun", "euler"] = "heun"
+
+
+def is_buffer(tensor_name: str) -> bool:
+    return tensor_name.endswith(".resample_filter")
+
+
+def create(config: str, *, device: torch.device | str, **options) -> EDMPrecond:
+    """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
+    return _build({**named(networks, config, "EDM network"), **options}).to(device)
+
+
+def load(path: str | Path, *, device: torch.device | str, **options) -> EDMPrecond:
+    """A network from an original .pkl or an own .safetensors, in eval mode; options override its constructor's.
+
+    Raises NeonError if the file records no constructor arguments or its tensors do not fit them.
+    """
+    with open_weights(path) as weights:
+        if "init_kwargs" not in weights.metadata:
+            raise NeonError(f"{path}: no EDM checkpoint (it does not record the network's constructor arguments)")
+        net = _build({**json.loads(weights.metadata["init_kwargs"]), **options})
+        load_into(net, weights, path)
+    return net.eval().requires_grad_(False).to(device)
+
+
+def _build(kwargs: dict) -> EDMPrecond:
+    net = EDMPrecond(**kwargs)
+    net.init_kwargs = kwargs
+    return net
+
+
+def weights(model: EDMPrecond) -> EDMPrecond:
+    return model
+
+
+def metadata(model: EDMPrecond) -> dict[str, str]:
+    return {"class_name": "EDMPrecond", "init_kwargs": json.dumps(model.init_kwargs)}
+
+
+def labels(model: EDMPrecond, seeds: torch.Tensor) -> torch.Tensor | None:
+    """As in EDM, each image draws its class from its own stream, after its latent."""
+    classes = start(model, seeds, device=next(model.parameters()).device)[1]
+    return None if classes is None else classes.cpu()
+
+
+def sample(model: EDMPrecond, seeds: torch.Tensor, labels: torch.Tensor | None, **kappa) -> torch.Tensor:
+    """uint8 (N, C, R, R); kappa: fields of Sampling."""
+    return edm_sample(model, seeds, labels, next(model.parameters()).device, **kappa)
+
+
+def loss(
+    model: EDMPrecond,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    generator: torch.Generator,
+    augment: float = 0.0,
+) -> torch.Tensor:
+    """Sum over pixels, mean over images. augment: probability of each augmentation, 0 for none."""
+    one_hot = F.one_hot(labels, model.label_dim).float() if model.label_dim else None
+    transform = functools.partial(augmented, p=augment) if augment else None
+    return edm_loss(model, from_uint8(images), one_hot, generator, transform).sum() / len(images)

@@ -1,0 +1,6 @@
+"""Make the synthetic set S with an EDM model: `neon generate --family edm`."""
+
+from neon.cli import family_script
+
+if __name__ == "__main__":
+    family_script("generate", "edm")

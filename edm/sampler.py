@@ -1,0 +1,119 @@
+"""EDM's samplers (Karras et al. 2022, Alg. 2), with one random stream per image."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neon import NeonError
+from neon.sampling import Streams
+
+
+def sample(
+    net: nn.Module,
+    seeds: torch.Tensor | Sequence[int],
+    class_idx: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **options,
+) -> torch.Tensor:
+    """The images of these seeds, (N, C, H, W) uint8 on `device`. Options: those of `edm_sampler`.
+
+    class_idx: (N,) int64, or None: a class-conditional net then gets the classes drawn by `start`.
+    net: in eval mode, on `device`. Raises NeonError.
+    """
+    latents, class_idx, streams = start(net, seeds, class_idx, device)
+    class_labels = None if class_idx is None else F.one_hot(class_idx, net.label_dim)
+    return to_uint8(edm_sampler(net, latents, class_labels, streams, **options))
+
+
+def start(
+    net: nn.Module,
+    seeds: torch.Tensor | Sequence[int],
+    class_idx: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor | None, Streams]:
+    """What each seed draws first: latents (N, C, H, W) float32; then class indices (N,) if needed and not given.
+
+    Also returns the streams, for the noise of the steps. The classes are None for an unconditional net.
+    """
+    if class_idx is not None and not net.label_dim:
+        raise NeonError("this network is unconditional: sample it without class labels")
+    if class_idx is not None and len(class_idx) != len(seeds):
+        raise NeonError(f"{len(seeds)} seeds but {len(class_idx)} class labels")
+    if class_idx is not None and len(class_idx) and not 0 <= class_idx.min() <= class_idx.max() < net.label_dim:
+        raise NeonError(f"class labels must lie in 0..{net.label_dim - 1}")
+    streams = Streams(seeds, device)
+    latents = streams.randn((net.img_channels, net.img_resolution, net.img_resolution))
+    if class_idx is not None:
+        class_idx = class_idx.to(device)
+    elif net.label_dim:
+        class_idx = streams.randint(net.label_dim)
+    return latents, class_idx, streams
+
+
+@torch.no_grad()
+def edm_sampler(
+    net: nn.Module,
+    latents: torch.Tensor,
+    class_labels: torch.Tensor | None = None,
+    streams: Streams | None = None,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80,
+    rho: float = 7,
+    s_churn: float = 0,
+    s_min: float = 0,
+    s_max: float = math.inf,
+    s_noise: float = 1,
+    solver: str = "heun",
+) -> torch.Tensor:
+    """Integrate the probability-flow ODE from noise to images, (N, C, H, W) float64, about [-1, 1].
+
+    net(x float64, sigma 0-d, class_labels) → denoised x; its own sigma_min, sigma_max bound the schedule.
+    latents: (N, C, H, W) standard normals. solver: "heun", 2·num_steps - 1 evaluations of the net, or "euler",
+    num_steps evaluations. s_churn > 0 adds noise from `streams`, drawn at every step. Without it nothing is drawn:
+    EDM draws all the same, but nothing after depends on it. Raises NeonError.
+    """
+    if solver not in ("heun", "euler"):
+        raise NeonError(f"unknown solver {solver!r}, choose heun or euler")
+    if s_churn > 0 and streams is None:
+        raise NeonError("s_churn > 0 needs random streams")
+
+    def slope(x, sigma):
+        return (x - net(x, x.new_full((), sigma), class_labels).double()) / sigma
+
+    sigmas = sigma_schedule(num_steps, max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max), rho).tolist()
+    x = latents.double() * sigmas[0]
+    for sigma, sigma_next in pairwise(sigmas):
+        if s_churn > 0:
+            gamma = min(s_churn / num_steps, math.sqrt(2) - 1) if s_min <= sigma <= s_max else 0
+            noise = streams.randn(x.shape[1:], torch.float64)
+            raised = sigma * (1 + gamma)
+            x = x + math.sqrt(raised**2 - sigma**2) * s_noise * noise
+            sigma = raised
+        d = slope(x, sigma)
+        if solver == "heun" and sigma_next > 0:
+            d = (d + slope(x + (sigma_next - sigma) * d, sigma_next)) / 2
+        x = x + (sigma_next - sigma) * d
+    return x
+
+
+def sigma_schedule(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80, rho: float = 7) -> torch.Tensor:
+    """Noise levels from sigma_max to sigma_min, then 0: (num_steps + 1,) float64 (Karras et al. 2022, Eq. 5)."""
+    if num_steps < 1:
+        raise NeonError(f"num_steps must be at least 1, not {num_steps}")
+    ramp = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps, dtype=torch.float64)
+    return torch.cat([ramp**rho, ramp.new_zeros(1)])
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Floats, about [-1, 1] → uint8; half a level is added, then the fraction cut, in float64."""
+    return (127.5 * images.double() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(images: torch.Tensor) -> torch.Tensor:
+    """uint8 → float32 in [-1, 1], as the network is trained on."""
+    return images.float() / 127.5 - 1

@@ -1,0 +1,6 @@
+"""Fine-tune an EDM model on its own samples: `neon selftrain --family edm`."""
+
+from neon.cli import family_script
+
+if __name__ == "__main__":
+    family_script("selftrain", "edm")

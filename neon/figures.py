@@ -1,0 +1,64 @@
+"""The paper's figures from tables of results; used by the notebooks."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from neon.metrics import t_interval
+
+LABELS = {"fid": "FID", "precision": "precision", "recall": "recall"}
+
+
+def w_curves(
+    search: pd.DataFrame, metrics: Sequence[str] = ("fid", "precision", "recall"), titles: dict[str, str] | None = None
+) -> Figure:
+    """Fig. 4: each metric against w, one row of panels per setting, one line per budget B, 95 % bands over seeds.
+
+    search: columns setting, seed, w, budget and the metrics. The star marks the lowest mean FID of a setting; w = 0,
+    the base, belongs to every line.
+    """
+    settings = list(search["setting"].unique())
+    size = (3.4 * len(metrics), 2.5 * len(settings) + 0.4)
+    fig, axes = plt.subplots(
+        len(settings), len(metrics), figsize=size, squeeze=False, sharex="row", layout="constrained"
+    )
+    for line, setting in zip(axes, settings):
+        rows = search[search["setting"] == setting]
+        base, budgets = rows[rows["w"] == 0], sorted(set(rows["budget"]) - {0})
+        mean = rows.groupby(["budget", "w"])["fid"].mean()
+        best_budget, best_w = mean.idxmin()
+        for ax, metric in zip(line, metrics):
+            colours = plt.get_cmap("viridis")(np.linspace(0.75, 0.1, len(budgets)))
+            for colour, budget in zip(colours, budgets):
+                curve = pd.concat([base, rows[rows["budget"] == budget]]).groupby("w")[metric]
+                points = curve.apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"])).unstack()
+                ax.plot(points.index, points["mean"], "o-", ms=3, color=colour, label=f"B = {budget / 1000:g}k")
+                low, high = points["mean"] - points["half"], points["mean"] + points["half"]
+                ax.fill_between(points.index, low, high, color=colour, alpha=0.15, lw=0)
+            star = rows[(rows["budget"] == best_budget) & (rows["w"] == best_w)][metric].mean()
+            ax.plot([best_w], [star], "*", ms=13, color="crimson", zorder=5, label=f"w* = {best_w:g}")
+            ax.axvline(0, color="grey", lw=0.8, ls=":")
+            ax.set_ylabel(LABELS.get(metric, metric))
+            ax.grid(alpha=0.25)
+        line[0].set_title((titles or {}).get(setting, setting), loc="left", fontsize=10)
+        line[0].legend(fontsize=7)
+    for ax in axes[-1]:
+        ax.set_xlabel("merge weight w")
+    return fig
+
+
+def image_grid(groups: dict[str, np.ndarray], columns: int = 20) -> Figure:
+    """Rows of images under a title each: name → uint8 (N, C, H, W)."""
+    fig, axes = plt.subplots(len(groups), 1, figsize=(columns * 0.42, len(groups) * 1.35), squeeze=False)
+    for ax, (title, images) in zip(axes[:, 0], groups.items()):
+        images = np.asarray(images)[: len(images) // columns * columns]
+        n, c, h, w = images.shape
+        sheet = images.reshape(n // columns, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(n // columns * h, -1, c)
+        ax.imshow(sheet.squeeze(-1) if c == 1 else sheet, cmap="gray", vmin=0, vmax=255)
+        ax.set_title(title, loc="left", fontsize=9)
+        ax.axis("off")
+    fig.tight_layout()
+    return fig

@@ -1,0 +1,265 @@
+"""How far generated images are from real ones, computed from their features.
+
+All statistics are float64 and streaming, on the device of the features: a batch is added as soon as it
+is sampled, ranks are combined at the end, images are never stored. Definitions and numbers are those of
+torch-fidelity 0.4.0 (the random subsets and permutations included).
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from zipfile import BadZipFile
+from zlib import error as ZlibError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.special import stdtrit
+
+from neon import NeonError
+from neon.io import atomic, sha256
+
+AllReduce = Callable[[torch.Tensor], object]  # sums a tensor over ranks in place, as torch.distributed.all_reduce does
+
+
+class Moments:
+    """Streaming mean and covariance of (n, d) features.
+
+    n: int; mean: (d,) float64; m2: (d, d) float64, the sum of the outer products of the deviations from
+    `mean`. Deviations are taken before they are multiplied (Chan et al. 1983), so a large offset costs no digits.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu"):
+        self.n = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.m2 = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def update(self, features: torch.Tensor) -> None:
+        """Add a batch, (n, d)."""
+        x = torch.as_tensor(features).to(self.mean)
+        if len(x) == 0:
+            return
+        mean = x.mean(0)
+        # The shift of the mean is one more row of deviations, so that a single matrix product does it all.
+        rows = torch.cat([x - mean, self._move(len(x), mean)[None]])
+        self.m2.addmm_(rows.T, rows)
+
+    def merge(self, other: "Moments") -> None:
+        """Add what `other` has seen."""
+        shift = self._move(other.n, other.mean.to(self.mean))
+        self.m2.addr_(shift, shift).add_(other.m2.to(self.m2))
+
+    def all_reduce(self, all_reduce: AllReduce) -> None:
+        """Replace the moments of this rank by those of all ranks together; every rank must call it."""
+        n = self.mean.new_tensor(self.n)
+        all_reduce(n)
+        mean = self.mean * (self.n / n.clamp(min=1))
+        all_reduce(mean)
+        shift = (self.mean - mean) * math.sqrt(self.n)
+        self.m2.addr_(shift, shift)
+        all_reduce(self.m2)
+        self.n, self.mean = int(n), mean
+
+    @property
+    def cov(self) -> torch.Tensor:
+        """Unbiased covariance, (d, d) float64. Raises NeonError for fewer than two images."""
+        if self.n < 2:
+            raise NeonError(f"a covariance needs at least two images, got {self.n}")
+        return self.m2 / (self.n - 1)
+
+    def _move(self, n: int, mean: torch.Tensor) -> torch.Tensor:
+        """Take in n images around `mean`; returns the row whose outer product m2 gains from the shift."""
+        total = self.n + n
+        shift = mean - self.mean
+        row = shift * math.sqrt(self.n * n / max(total, 1))
+        self.mean = self.mean + shift * (n / max(total, 1))
+        self.n = total
+        return row
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Statistics of the real images.
+
+    mu: (d,) float64; sigma: (d, d) float64; features: (m, d) float32 for KID, precision and recall, or None;
+    sha256: of the file it was read from, or None.
+    """
+
+    mu: torch.Tensor
+    sigma: torch.Tensor
+    features: torch.Tensor | None = None
+    name: str = "reference"
+    sha256: str | None = None
+
+    @cached_property
+    def root(self) -> torch.Tensor:
+        """Symmetric square root of sigma, (d, d) float64; computed once for all models of a sweep."""
+        values, vectors = torch.linalg.eigh(self.sigma)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def load_reference(path: str | os.PathLike) -> Reference:
+    """Read the statistics of ADM, EDM or `save_reference`: npz with `mu` (d,), `sigma` (d, d), maybe `features` (m, d).
+
+    Other entries are ignored. Raises NeonError for anything but finite statistics of matching shapes.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError
+            arrays = {key: archive[key] for key in ("mu", "sigma", "features") if key in archive}
+        arrays = {key: torch.from_numpy(array.astype(np.float64)) for key, array in arrays.items()}
+    except OSError as error:
+        raise NeonError(f"cannot read reference statistics {path}: {error.strerror or error}") from None
+    except (ValueError, TypeError, EOFError, BadZipFile, ZlibError):
+        raise NeonError(f"{path} is not an npz file of numbers (reference statistics hold mu and sigma)") from None
+
+    for key in ("mu", "sigma"):
+        if key not in arrays:
+            raise NeonError(f"{path} has no entry {key!r}: not reference statistics")
+    mu, sigma, features = arrays["mu"], arrays["sigma"], arrays.get("features")
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise NeonError(f"{path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)} do not fit together")
+    if features is not None and features.shape[1:] != mu.shape:
+        raise NeonError(f"{path}: features {tuple(features.shape)} and mu {tuple(mu.shape)} do not fit together")
+    for key, array in arrays.items():
+        if not array.isfinite().all():
+            raise NeonError(f"{path}: {key} is not finite")
+    return Reference(mu, sigma, None if features is None else features.float(), path.name, sha256(path))
+
+
+def save_reference(reference: Reference, path: str | os.PathLike) -> None:
+    """Write what `load_reference` reads, whole or not at all. Equal statistics give equal bytes."""
+    arrays = {"mu": reference.mu, "sigma": reference.sigma, "features": reference.features}
+    arrays = {key: array.numpy(force=True) for key, array in arrays.items() if array is not None}
+    with atomic(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def frechet_distance(mu: torch.Tensor, sigma: torch.Tensor, reference: Reference) -> float:
+    """FID: |mu1 - mu2|² + tr(S1 + S2 - 2 sqrtm(S1 S2)) between a model's moments and the reference.
+
+    mu (d,), sigma (d, d) are taken in float64; the work is done on the device of sigma. Raises NeonError.
+    """
+    if len(mu) != len(reference.mu):
+        raise NeonError(f"features have {len(mu)} dimensions, the reference {reference.name} has {len(reference.mu)}")
+    sigma = sigma.double()
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise NeonError("the features are not finite, so there is no Fréchet distance")
+    root, mu2, sigma2 = (x.to(sigma) for x in (reference.root, reference.mu, reference.sigma))
+    # R S1 R with R = sqrtm(S2) is symmetric and has the eigenvalues of S1 S2; rounding may push zeros below zero.
+    cross = torch.linalg.eigvalsh(root @ sigma @ root).clamp(min=0).sqrt().sum()
+    return float((mu.to(mu2) - mu2).square().sum() + sigma.trace() + sigma2.trace() - 2 * cross)
+
+
+class InceptionScore:
+    """Streaming inception score of n images, shuffled into `splits` parts: exp E KL(p(y|x) || p(y)) of each part.
+
+    sums: (splits, classes + 2) float64: sum of p, sum of p log p, number of images. Sums of ranks add up.
+    """
+
+    def __init__(self, n: int, classes: int, device: torch.device | str = "cpu", splits: int = 10, seed: int = 2020):
+        if n < splits:
+            raise NeonError(f"an inception score over {splits} splits needs at least {splits} images, got {n}")
+        bounds = np.arange(splits + 1) * n // splits
+        order = np.random.RandomState(seed).permutation(n)  # the stream of torch-fidelity
+        split_of = np.empty(n, dtype=np.int64)
+        split_of[order] = np.repeat(np.arange(splits), np.diff(bounds))
+        self.split_of = torch.from_numpy(split_of)  # (n,), the part that image i belongs to
+        self.sums = torch.zeros(splits, classes + 2, dtype=torch.float64, device=device)
+
+    def update(self, logits: torch.Tensor, indices: torch.Tensor) -> None:
+        """Add a batch: logits (b, classes), indices (b,) in range(n), each image once."""
+        log_p = logits.to(self.sums).log_softmax(1)
+        p = log_p.exp()
+        rows = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], dim=1)
+        # A product with one-hot rows, for index_add_ on CUDA adds in no fixed order.
+        member = F.one_hot(self.split_of[indices.cpu()], len(self.sums)).to(self.sums)
+        self.sums += member.T @ rows
+
+    def merge(self, other: "InceptionScore") -> None:
+        """Add what `other` has seen."""
+        self.sums += other.sums.to(self.sums)
+
+    def all_reduce(self, all_reduce: AllReduce) -> None:
+        """Replace the sums of this rank by those of all ranks together; every rank must call it."""
+        all_reduce(self.sums)
+
+    def score(self) -> tuple[float, float]:
+        """Mean and (biased) standard deviation over splits. Raises NeonError unless every image was seen once."""
+        sum_p, sum_plogp, counts = self.sums[:, :-2], self.sums[:, -2], self.sums[:, -1]
+        sizes = self.split_of.bincount().to(counts)
+        if not torch.equal(counts, sizes):
+            raise NeonError(f"inception score: saw {int(counts.sum())} images, not each of {len(self.split_of)} once")
+        marginal = sum_p / sizes[:, None]
+        scores = (sum_plogp / sizes - torch.special.xlogy(marginal, marginal).sum(1)).exp()
+        return float(scores.mean()), float(scores.std(correction=0))
+
+
+def kid(
+    features: torch.Tensor, real: torch.Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+) -> tuple[float, float]:
+    """Kernel distance (Binkowski et al. 2018): unbiased MMD² with kernel (x·y / d + 1)³, mean and std over subsets.
+
+    features (n, d) generated, real (m, d); computed in float64 on the device of `features`. Raises NeonError.
+    """
+    x, y = _float64(features, real)
+    if min(len(x), len(y)) < subset_size:
+        raise NeonError(f"KID subsets of {subset_size} need as many images, got {len(x)} generated and {len(y)} real")
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    rng = np.random.RandomState(seed)  # the stream of torch-fidelity
+    values = []
+    for _ in range(subsets):
+        a, b = (z[torch.from_numpy(rng.choice(len(z), subset_size, replace=False)).to(z.device)] for z in (x, y))
+        within = sum(k.sum() - k.trace() for k in (kernel(a, a), kernel(b, b)))
+        values.append(float(within / (subset_size * (subset_size - 1)) - 2 * kernel(a, b).mean()))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 5) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019) of (n, d) features with k nearest neighbours.
+
+    Precision: the fraction of generated images in the manifold of the real ones; recall: the converse.
+    Raises NeonError.
+    """
+    real, generated = _float64(real, generated)
+    if min(len(real), len(generated)) <= k:
+        raise NeonError(f"k = {k} needs more than {k} images, got {len(real)} real and {len(generated)} generated")
+    return _inside(generated, real, k), _inside(real, generated, k)
+
+
+def _inside(points: torch.Tensor, manifold: torch.Tensor, k: int, rows: int = 1024) -> float:
+    """Fraction of points within at least one ball that reaches from a manifold point to its k-th neighbour."""
+    # The nearest neighbour of a point is itself, hence k + 1. Blocks of rows bound the memory.
+    radii = torch.cat([torch.cdist(block, manifold).kthvalue(k + 1).values for block in manifold.split(rows)])
+    inside = [(torch.cdist(block, manifold) <= radii).any(1) for block in points.split(rows)]
+    return int(torch.cat(inside).sum()) / len(points)
+
+
+def _float64(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both on the device of a, in float64: in float32 (or worse, TF32) differences of large products lose digits."""
+    a, b = (torch.as_tensor(x).double() for x in (a, b))
+    if a.shape[1] != b.shape[1]:
+        raise NeonError(f"features of {a.shape[1]} and of {b.shape[1]} dimensions cannot be compared")
+    return a, b.to(a.device)
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Mean over seeds and half-width of its Student t-interval; for a paired comparison pass the differences.
+
+    A single value tells nothing about the spread: half-width inf. Raises NeonError for no values.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.size == 0:
+        raise NeonError("an interval needs at least one value")
+    if x.size == 1:
+        return float(x.mean()), math.inf
+    return float(x.mean()), float(stdtrit(x.size - 1, (1 + level) / 2) * x.std(ddof=1) / math.sqrt(x.size))

@@ -1,0 +1,84 @@
+"""Result rows → tables: one line per setting, with intervals over seeds."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from neon import NeonError
+from neon.metrics import t_interval
+from neon.search import Rows
+
+SUMMARY = [
+    *("family", "seeds", "w_star", "cfg_star", "fid_selftrained", "fid_base", "fid_neon", "gain", "gain_lo", "gain_hi"),
+    *("precision_base", "precision_neon", "recall_base", "recall_neon", "num_images", "seconds"),
+]
+
+
+def read_rows(files: Mapping[Path, Mapping[str, object]]) -> pd.DataFrame:
+    """Rows of several JSON-lines files, each with the columns given for its file (say, setting and seed)."""
+    rows = [{**row, **columns} for path, columns in files.items() for row in Rows(path, write=False).rows.values()]
+    if not rows:
+        raise NeonError("no results yet")
+    return pd.DataFrame(rows).drop(columns=["key", "versions"])
+
+
+def role(w: float) -> str:
+    """What a row of a final evaluation stands for."""
+    return {0.0: "base", -1.0: "selftrained"}.get(w, "neon")
+
+
+def summarise(final: pd.DataFrame, by: Iterable[str] = ("family", "setting")) -> pd.DataFrame:
+    """One line per setting from the final rows (base, self-trained, Neon) of its seeds; columns SUMMARY after `by`.
+
+    gain is FID(base) − FID(neon), paired within a seed, with its 95 % t-interval over seeds. w_star is the median over
+    seeds of the w that each chose on its search images; a seed that chose w = 0 gains nothing.
+    """
+    lines = []
+    for keys, rows in final.groupby(list(by), sort=False):
+        wide = {name: part.set_index("seed").sort_index() for name, part in rows.groupby(rows["w"].map(role))}
+        base, trained = wide["base"], wide["selftrained"]
+        neon = wide["neon"].reindex(base.index).combine_first(base) if "neon" in wide else base
+        gain, half = t_interval((base["fid"] - neon["fid"]).to_numpy())
+        line = dict(zip(by, keys)) | {
+            "seeds": len(base),
+            "w_star": neon["w"].median(),
+            "cfg_star": neon["cfg"].median() if "cfg" in neon else float("nan"),
+            "fid_selftrained": trained["fid"].mean(),
+            "gain": gain,
+            "gain_lo": gain - half,
+            "gain_hi": gain + half,
+            "num_images": int(base["n"].iloc[0]),
+            "seconds": rows["seconds"].sum(),
+        }
+        for metric in ("fid", "precision", "recall"):
+            line |= {f"{metric}_base": base[metric].mean(), f"{metric}_neon": neon[metric].mean()}
+        lines.append(line)
+    extra = [key for key in by if key not in SUMMARY]
+    return pd.DataFrame(lines)[[*extra, *SUMMARY]]
+
+
+def final_table(final: pd.DataFrame) -> pd.DataFrame:
+    """For reading: FID, precision and recall of base, self-trained and Neon, mean ± half-width of the 95 % interval."""
+    lines = []
+    for setting, rows in final.groupby("setting", sort=False):
+        seeds = rows["seed"].nunique()
+        chosen = (
+            rows.loc[~rows["w"].isin((0.0, -1.0))].set_index("seed")["w"].reindex(rows["seed"].unique(), fill_value=0.0)
+        )
+        for name, part in rows.groupby(rows["w"].map(role)):
+            cells = {
+                m: "{:.3g} ± {:.2g}".format(*t_interval(part[m].to_numpy())) for m in ("fid", "precision", "recall")
+            }
+            at = {"base": "0", "selftrained": "−1"}.get(
+                name
+            ) or f"{chosen.median():g} ({chosen.min():g}…{chosen.max():g})"
+            lines.append({"setting": setting, "seeds": seeds, "model": name, "w": at, **cells})
+    return pd.DataFrame(lines)
+
+
+def markdown(table: pd.DataFrame, digits: int = 3) -> str:
+    """A GitHub table; floats with `digits` significant digits."""
+    cells = table.map(lambda v: f"{v:.{digits}g}" if isinstance(v, float) else str(v)).replace("nan", "")
+    lines = [list(table.columns), ["---"] * len(table.columns), *cells.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
