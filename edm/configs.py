@@ -69,8 +69,8 @@ RECIPES = {
     "digits_base": Recipe(
         batch=64,
         lr=2e-3,
-        budget=128_000,
-        snapshot=128_000,
+        budget=102_400,
+        snapshot=102_400,
         ramp=6_400,
         anneal="linear",
         betas=(0.9, 0.99),
@@ -79,8 +79,8 @@ RECIPES = {
     "digits": Recipe(
         batch=64,
         lr=5e-5,
-        budget=38_400,
-        snapshot=12_800,
+        budget=19_200,
+        snapshot=6_400,
         betas=(0.9, 0.99),
         ema_decay=0.99,
     ),

@@ -47,7 +47,7 @@ def is_buffer(tensor_name: str) -> bool:
 
 def create(config: str, *, device: torch.device | str, **options) -> EDMPrecond:
     """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
-    return _build({**named(networks, config, "EDM network"), **options}).to(device)
+    return _build({**named(networks, config, "EDM network"), **options}).to(device, memory_format=torch.channels_last)
 
 
 def load(path: str | Path, *, device: torch.device | str, **options) -> EDMPrecond:
@@ -60,7 +60,7 @@ def load(path: str | Path, *, device: torch.device | str, **options) -> EDMPreco
             raise NeonError(f"{path}: no EDM checkpoint (it does not record the network's constructor arguments)")
         net = _build({**json.loads(weights.metadata["init_kwargs"]), **options})
         load_into(net, weights, path)
-    return net.eval().requires_grad_(False).to(device)
+    return net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
 def _build(kwargs: dict) -> EDMPrecond:

@@ -14,9 +14,11 @@ import pickle
 import re
 import struct
 import tempfile
+import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
@@ -36,6 +38,8 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+TORCH_SUFFIXES = (".pth", ".pt", ".ckpt")
+
 
 class Weights(Mapping[str, torch.Tensor]):
     """Named tensors of one file, in the file's order.
@@ -47,6 +51,16 @@ class Weights(Mapping[str, torch.Tensor]):
     path: Path
     format: str
     metadata: dict[str, str]
+    _names: Collection[str]
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self):
+        return len(self._names)
+
+    def __contains__(self, name):  # Mapping's own would read the tensor
+        return name in self._names
 
     def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """dtype and shape of a tensor, without reading it where the format allows."""
@@ -71,22 +85,25 @@ class SafetensorsWeights(Weights):
     def __init__(self, path: Path):
         self.path, self.metadata = path, {}
         self.shards = _shards(path)  # file → names, or None for all
-        self._files, self._place, self._spec = ExitStack(), {}, {}
-        for path, names in self.shards.items():
-            try:
-                with safe_open(existing(path), framework="pt"):  # the library checks the header
-                    file = self._files.enter_context(path.open("rb"))
-                header, data_start = _safetensors_header(file)
-            except (SafetensorError, OSError) as error:
-                raise NeonError(f"{path}: not a readable safetensors file ({error})") from None
-            self.metadata |= header.pop("__metadata__", {})
-            for name in names or header:
-                if name not in header:
-                    raise NeonError(f"{path}: lacks {name}, which the index places there")
-                if header[name]["dtype"] not in DTYPES:
-                    raise NeonError(f"{path}: {name} is of dtype {header[name]['dtype']}, which is not supported")
-                self._spec[name] = DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])
-                self._place[name] = file, data_start + header[name]["data_offsets"][0]
+        self._names = self._spec = {}
+        self._place = {}
+        with ExitStack() as files:  # closes them if one of them is bad
+            for path, names in self.shards.items():
+                try:
+                    with safe_open(existing(path), framework="pt"):  # the library checks the header
+                        file = files.enter_context(path.open("rb"))
+                    header, data_start = _safetensors_header(file)
+                except (SafetensorError, OSError) as error:
+                    raise NeonError(f"{path}: not a readable safetensors file ({error})") from None
+                self.metadata |= header.pop("__metadata__", {})
+                for name in names or header:
+                    if name not in header:
+                        raise NeonError(f"{path}: lacks {name}, which the index places there")
+                    if header[name]["dtype"] not in DTYPES:
+                        raise NeonError(f"{path}: {name} is of dtype {header[name]['dtype']}, which is not supported")
+                    self._spec[name] = DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])
+                    self._place[name] = file, data_start + header[name]["data_offsets"][0]
+            self._files = files.pop_all()
 
     def __getitem__(self, name):
         (dtype, shape), (file, start) = self._spec[name], self._place[name]
@@ -95,12 +112,6 @@ class SafetensorsWeights(Weights):
         if file.readinto(_bytes(tensor)) != tensor.nbytes:
             raise NeonError(f"{file.name}: truncated while it was read")
         return tensor
-
-    def __iter__(self):
-        return iter(self._spec)
-
-    def __len__(self):
-        return len(self._spec)
 
     def spec(self, name):
         return self._spec[name]
@@ -118,15 +129,10 @@ class TorchWeights(Weights):
         self.path, self.metadata = path, {}
         self.tree = _torch_load(path)
         self.key, self._state = _find_state(self.tree, key, path)
+        self._names = self._state
 
     def __getitem__(self, name):
         return self._state[name]
-
-    def __iter__(self):
-        return iter(self._state)
-
-    def __len__(self):
-        return len(self._state)
 
 
 class PickleWeights(Weights):
@@ -139,6 +145,7 @@ class PickleWeights(Weights):
 
         self.path = path
         self.model = read_pickle(path)
+        self._names = self.model.state_dict
         self.metadata = {
             "class_name": self.model.class_name,
             "init_kwargs": json.dumps(self.model.init_kwargs, default=str),
@@ -146,12 +153,6 @@ class PickleWeights(Weights):
 
     def __getitem__(self, name):
         return self.model.state_dict[name]
-
-    def __iter__(self):
-        return iter(self.model.state_dict)
-
-    def __len__(self):
-        return len(self.model.state_dict)
 
 
 def open_weights(path: str | Path, key: str | None = None) -> Weights:
@@ -161,12 +162,11 @@ def open_weights(path: str | Path, key: str | None = None) -> Weights:
     Raises NeonError if the file is missing, damaged, of an unknown kind, or holds anything but data.
     """
     path = existing(path)
-    suffix = path.suffix
-    if path.is_dir() or suffix == ".safetensors" or path.name.endswith(".index.json"):
+    if path.is_dir() or path.suffix == ".safetensors" or path.name.endswith(".index.json"):
         return SafetensorsWeights(path)
-    if suffix in (".pth", ".pt", ".ckpt"):
+    if path.suffix in TORCH_SUFFIXES:
         return TorchWeights(path, key)
-    if suffix == ".pkl":
+    if path.suffix == ".pkl":
         return PickleWeights(path)
     raise NeonError(f"{path}: unknown kind of checkpoint (know .safetensors, .pth, .pt, .ckpt, .pkl)")
 
@@ -182,18 +182,21 @@ def write_weights(path: str | Path, like: Weights, tensors: Iterable[tuple[str, 
 
     One tensor at a time is in memory. Whatever else `like` holds (metadata; epoch, args and other entries around a
     nested state dict) is carried over. The likes of .pkl are written as .safetensors, since the original format
-    embeds the source of the program that wrote it. Raises NeonError if the suffix does not fit the format.
+    embeds the source of the program that wrote it. Raises NeonError if the suffix does not fit the format, or if the
+    folder for shards is there already.
     """
     path = Path(path)
+    sharded = like.format == "safetensors" and like.path.suffix != ".safetensors"
     if like.format == "torch":
-        _check_suffix(path, (".pth", ".pt", ".ckpt"), like)
-        _write_torch(path, like, tensors)
-    elif isinstance(like, SafetensorsWeights) and like.path.suffix != ".safetensors":
-        _check_suffix(path, ("",), like)
-        _write_shards(path, like, tensors)
+        fits, kind, write = path.suffix in TORCH_SUFFIXES, " or ".join(TORCH_SUFFIXES), _write_torch
+    elif sharded:
+        files = (".safetensors", ".pkl", ".json", *TORCH_SUFFIXES)
+        fits, kind, write = path.suffix not in files, "a folder of shards", _write_shards
     else:
-        _check_suffix(path, (".safetensors",), like)
-        write_safetensors(path, {name: like.spec(name) for name in like}, tensors, like.metadata)
+        fits, kind, write = path.suffix == ".safetensors", ".safetensors", _write_file
+    if not fits:
+        raise NeonError(f"{path}: weights from {like.path.name} are written as {kind}")
+    write(path, like, tensors)
 
 
 def save_safetensors(
@@ -217,6 +220,8 @@ def write_safetensors(
     header |= dict.fromkeys(specs)
     offsets, end = {}, 0
     for name, (dtype, shape) in sorted(specs.items(), key=lambda item: -item[1][0].itemsize):  # keeps data aligned
+        if dtype not in DTYPE_NAMES:
+            raise NeonError(f"{name}: {dtype} is not supported")
         offsets[name], start = end, end
         end += torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
@@ -236,14 +241,20 @@ def write_safetensors(
             raise NeonError(f"{next(iter(missing))}: announced but not given")
 
 
+def _write_file(path: Path, like: Weights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    write_safetensors(path, {name: like.spec(name) for name in like}, tensors, like.metadata)
+
+
 def _write_shards(path: Path, like: SafetensorsWeights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    if path.exists():  # it may hold anything
+        raise NeonError(f"{path}: exists; remove it or choose another folder")
     pairs: Iterator[tuple[str, torch.Tensor]] = iter(tensors)
     with atomic(path) as partial:
         partial.mkdir()
         index = read_json(_index_file(like.path))
         for file, names in like.shards.items():  # `like` iterates shard by shard, so the pairs come in that order
             specs = {name: like.spec(name) for name in names}
-            write_safetensors(partial / file.name, specs, (next(pairs) for _ in names), like.metadata)
+            write_safetensors(partial / file.name, specs, islice(pairs, len(names)), like.metadata)
         (partial / _index_file(like.path).name).write_text(json.dumps(index, indent=2))
 
 
@@ -252,9 +263,11 @@ def _write_torch(path: Path, like: TorchWeights, tensors: Iterable[tuple[str, to
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch, atomic(path) as partial:
         waiting = Path(scratch, "tensors")
-        write_safetensors(waiting, {name: like.spec(name) for name in like}, tensors, {})
+        _write_file(waiting, like, tensors)
         with safe_open(waiting, framework="pt") as mapped:
             state = {name: mapped.get_tensor(name) for name in like}
+            # Empty ones lie at the address of the next, which torch.save takes for one tensor with two dtypes.
+            state = {name: tensor if tensor.numel() else tensor.clone() for name, tensor in state.items()}
             torch.save(_replace(like.tree, like.key, state), partial)
 
 
@@ -266,14 +279,15 @@ def _replace(tree, key: tuple[str, ...], state: dict):
 def _torch_load(path: Path):
     try:
         # Namespace: the command line that many training scripts store; it is inert.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it asks for {found[1]}, which is not data" if found else "its pickle is damaged or not plain data"
         raise NeonError(f"{path}: refused, {what}") from None
     except Exception as error:  # a damaged file can raise nearly anything
-        raise NeonError(f"{path}: not a readable torch checkpoint ({str(error).splitlines()[0][:200]})") from None
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise NeonError(f"{path}: not a readable torch checkpoint ({reason})") from None
 
 
 def _find_state(tree, key: str | None, path: Path) -> tuple[tuple[str, ...], dict[str, torch.Tensor]]:
@@ -284,10 +298,15 @@ def _find_state(tree, key: str | None, path: Path) -> tuple[tuple[str, ...], dic
         keys, state = tuple(candidate.split(".")) if candidate else (), tree
         for k in keys:
             state = state.get(k) if isinstance(state, dict) else None
-        if isinstance(state, dict) and state and all(isinstance(t, torch.Tensor) for t in state.values()):
+        if isinstance(state, dict) and state and all(_is_weight(*item) for item in state.items()):
             return keys, state
     where = f"no dict of tensors at {key!r}" if key else "no dict of tensors found"
-    raise NeonError(f"{path}: {where}; its entries are {', '.join(map(str, tree)) or 'none'} (choose one with --key)")
+    entries = ", ".join([*map(str, tree)][:8]) or "none"
+    raise NeonError(f"{path}: {where}; it has {len(tree)} entries: {entries} (choose one with --key)")
+
+
+def _is_weight(name, value) -> bool:
+    return isinstance(name, str) and isinstance(value, torch.Tensor)
 
 
 def _index_file(path: Path) -> Path:
@@ -303,13 +322,14 @@ def _shards(path: Path) -> dict[Path, list[str] | None]:
     if path.suffix == ".safetensors" and not path.is_dir():
         return {path: None}
     index = _index_file(path)
-    weight_map = read_json(index).get("weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise NeonError(f"{index}: no weight_map")
     shards: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
-        if Path(file).name != file:
-            raise NeonError(f"{index}: shard {file!r} is not a plain file name")
+        if not (isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")):
+            raise NeonError(f"{index}: shard {file!r} is not the name of a .safetensors file beside it")
         shards.setdefault(index.parent / file, []).append(name)
     return shards
 
@@ -325,20 +345,15 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _check_suffix(path: Path, allowed: tuple[str, ...], like: Weights) -> None:
-    if path.suffix not in allowed:
-        kinds = " or ".join(suffix or "a folder name without suffix" for suffix in allowed)
-        raise NeonError(f"{path}: weights from {like.path.name} are written as {kinds}")
-
-
 @torch.no_grad()
 def load_into(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
     """Copy weights into a module. Raises NeonError, naming the first tensor that is missing, extra or misshapen."""
     state = module.state_dict()
-    for name in [*state, *weights]:
+    for name in dict.fromkeys([*state, *weights]):
         if name not in weights or name not in state:
             raise NeonError(f"{source}: {name} is {'missing' if name not in weights else 'not of this network'}")
-        if weights[name].shape != state[name].shape:
-            found, wanted = tuple(weights[name].shape), tuple(state[name].shape)
+        tensor = weights[name]
+        if tensor.shape != state[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(state[name].shape)
             raise NeonError(f"{source}: {name} has shape {found}, this network needs {wanted}")
-        state[name].copy_(weights[name])
+        state[name].copy_(tensor)

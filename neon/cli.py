@@ -318,31 +318,30 @@ def run_final(args) -> None:
     from neon.distributed import world
     from neon.family import get_family
     from neon.io import existing
-    from neon.search import Candidates, Point, Rows, scorer
+    from neon.search import Candidates, Rows, final_points, key_of, measure
 
     family = get_family(args.family)
     searched = list(Rows(existing(args.search), write=False).rows.values())
     if not searched:
-        raise NeonError(f"{args.search}: no finished search there")
-    swept = [f.name for f in dataclasses.fields(family.Sampling) if len({row[f.name] for row in searched}) > 1]
-
-    def point(row, w=None):
-        w = row["w"] if w is None else w
-        return Point(row["selftrained"] if w else None, w, tuple((name, row[name]) for name in swept))
-
-    best = min(searched, key=lambda row: row["fid"])
-    base = min((row for row in searched if row["w"] == 0), key=lambda row: row["fid"], default=best)
-    trained = best if best["selftrained"] else next(row for row in searched if row["selftrained"])
-    points = {"base": point(base, 0.0), "selftrained": point(trained, -1.0), "neon": point(best)}
+        raise NeonError(f"{args.search}: no finished evaluation in it")
+    points = final_points(searched, [field.name for field in dataclasses.fields(family.Sampling)])
     with world(args.device) as here:
-        evaluation = _evaluation(args, here)
+        evaluation, options = _evaluation(args, here), kappa(args, family)
+        candidates = Candidates(family, args.base, here.device)
         rows = Rows(args.out, write=here.rank == 0)
         rows.rows = here.gather(rows.rows)[0]
-        score = scorer(Candidates(family, args.base, here.device), evaluation, kappa(args, family), rows)
+        measured: dict = {}
         for role, at in points.items():
-            result = score(at)
+            result = rows.cached(
+                f"{role} {key_of(candidates, evaluation, options, at)}",
+                lambda at=at, role=role: {
+                    "role": role,
+                    **(measured.get(at) or measure(candidates, evaluation, options, at)),
+                },
+            )
+            measured[at] = {k: v for k, v in result.items() if k not in ("role", "key")}
             if here.rank == 0:
-                print(f"{role:12s}{summary(result, evaluation.metrics)}")
+                print(f"{role:12s}{summary(result, evaluation.metrics)}", flush=True)
 
 
 def run_reference(args) -> None:

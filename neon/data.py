@@ -7,6 +7,7 @@ A set is a folder or an uncompressed .zip with images in numbered subfolders and
 import io
 import itertools
 import json
+import operator
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,14 +35,15 @@ class ImageSet:
         self.path = existing(path)
         self._zip = None
         if self.path.is_dir():
-            files = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if not p.name.startswith(".")]
+            files = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*")]
         else:
             try:
                 self._zip = zipfile.ZipFile(self.path)
             except zipfile.BadZipFile:
                 raise NeonError(f"{path}: neither a folder nor a zip file of images") from None
             files = self._zip.namelist()
-        self.names = sorted(f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES)
+        images = (f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES)
+        self.names = sorted(f for f in images if not Path(f).name.startswith("."))
         if not self.names:
             raise NeonError(f"{path}: no images in it")
         self.labels = self._read_labels() if "dataset.json" in files else None
@@ -80,8 +82,8 @@ class ImageSet:
             labels = json.loads(self._read("dataset.json"))["labels"]
             if labels is None:
                 return None
-            table = {name: int(label) for name, label in labels}
-        except (ValueError, KeyError, TypeError):
+            table = {name: operator.index(label) for name, label in labels}
+        except (ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile):
             raise NeonError(f'{self.path}: dataset.json is not {{"labels": [[name, integer], …]}}') from None
         unlabelled = [name for name in self.names if name not in table]
         if unlabelled:

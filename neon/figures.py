@@ -62,3 +62,25 @@ def image_grid(groups: dict[str, np.ndarray], columns: int = 20) -> Figure:
         ax.axis("off")
     fig.tight_layout()
     return fig
+
+
+def before_after(final: pd.DataFrame, titles: dict[str, str] | None = None) -> Figure:
+    """FID of self-trained, base and Neon on the reported images: a panel per setting, a line per seed.
+
+    final: columns setting, seed, role, w, fid.
+    """
+    roles = ["selftrained", "base", "neon"]
+    settings = list(final["setting"].unique())
+    size = (2.9 * len(settings), 2.8)
+    fig, axes = plt.subplots(1, len(settings), figsize=size, squeeze=False, layout="constrained")
+    for ax, setting in zip(axes[0], settings):
+        rows = final[final["setting"] == setting]
+        for _, part in rows.groupby("seed"):
+            values = part.set_index("role")["fid"].reindex(roles)
+            ax.plot(roles, values, "o-", color="grey", alpha=0.7, ms=4)
+        ax.plot(roles, rows.groupby("role")["fid"].mean().reindex(roles), "_", color="crimson", ms=22, mew=2)
+        ax.set_title((titles or {}).get(setting, setting), fontsize=9)
+        ax.set_ylim(bottom=0)
+        ax.set_ylabel("FID")
+        ax.grid(alpha=0.25)
+    return fig

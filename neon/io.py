@@ -49,7 +49,7 @@ def read_json(path: str | Path):
     """The parsed file. Raises NeonError if it is missing or no JSON."""
     try:
         return json.loads(existing(path).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NeonError(f"{path}: not JSON ({error})") from None
 
 

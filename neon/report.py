@@ -23,22 +23,16 @@ def read_rows(files: Mapping[Path, Mapping[str, object]]) -> pd.DataFrame:
     return pd.DataFrame(rows).drop(columns=["key", "versions"])
 
 
-def role(w: float) -> str:
-    """What a row of a final evaluation stands for."""
-    return {0.0: "base", -1.0: "selftrained"}.get(w, "neon")
-
-
 def summarise(final: pd.DataFrame, by: Iterable[str] = ("family", "setting")) -> pd.DataFrame:
     """One line per setting from the final rows (base, self-trained, Neon) of its seeds; columns SUMMARY after `by`.
 
     gain is FID(base) − FID(neon), paired within a seed, with its 95 % t-interval over seeds. w_star is the median over
-    seeds of the w that each chose on its search images; a seed that chose w = 0 gains nothing.
+    seeds of the w that each chose on its search images.
     """
     lines = []
     for keys, rows in final.groupby(list(by), sort=False):
-        wide = {name: part.set_index("seed").sort_index() for name, part in rows.groupby(rows["w"].map(role))}
-        base, trained = wide["base"], wide["selftrained"]
-        neon = wide["neon"].reindex(base.index).combine_first(base) if "neon" in wide else base
+        wide = {name: part.set_index("seed").sort_index() for name, part in rows.groupby("role")}
+        base, trained, neon = wide["base"], wide["selftrained"], wide["neon"]
         gain, half = t_interval((base["fid"] - neon["fid"]).to_numpy())
         line = dict(zip(by, keys)) | {
             "seeds": len(base),
@@ -62,18 +56,13 @@ def final_table(final: pd.DataFrame) -> pd.DataFrame:
     """For reading: FID, precision and recall of base, self-trained and Neon, mean ± half-width of the 95 % interval."""
     lines = []
     for setting, rows in final.groupby("setting", sort=False):
-        seeds = rows["seed"].nunique()
-        chosen = (
-            rows.loc[~rows["w"].isin((0.0, -1.0))].set_index("seed")["w"].reindex(rows["seed"].unique(), fill_value=0.0)
-        )
-        for name, part in rows.groupby(rows["w"].map(role)):
+        for role in ("selftrained", "base", "neon"):
+            part = rows[rows["role"] == role]
             cells = {
                 m: "{:.3g} ± {:.2g}".format(*t_interval(part[m].to_numpy())) for m in ("fid", "precision", "recall")
             }
-            at = {"base": "0", "selftrained": "−1"}.get(
-                name
-            ) or f"{chosen.median():g} ({chosen.min():g}…{chosen.max():g})"
-            lines.append({"setting": setting, "seeds": seeds, "model": name, "w": at, **cells})
+            w = " ".join(f"{value:g}" for value in sorted(set(part["w"])))
+            lines.append({"setting": setting, "model": role, "w": w, "seeds": len(part), **cells})
     return pd.DataFrame(lines)
 
 

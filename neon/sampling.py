@@ -49,9 +49,9 @@ def parse_seeds(text: str) -> torch.Tensor:
     """'0-4', '1,3,8-10' → (N,) int64, in the order written. Raises NeonError."""
     ranges = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
+        first, dash, last = part.partition("-")
         try:
-            low, high = int(first), int(last or first)
+            low, high = int(first), int(last if dash else first)
         except ValueError:
             raise NeonError(f"not a list of seeds: {text!r} (write 0-49999 or 1,2,5-9)") from None
         if high < low:
@@ -65,8 +65,7 @@ def balanced_labels(n: int, classes: int, seed: int = 0) -> torch.Tensor:
 
     The same on every rank: nothing but the arguments decides.
     """
-    labels = np.arange(n) * classes // max(n, classes) if n < classes else np.arange(n) % classes
-    return torch.from_numpy(np.random.default_rng(seed).permutation(labels))
+    return torch.from_numpy(np.random.default_rng(seed).permutation(np.arange(n) % classes))
 
 
 def shard(n: int, rank: int, world: int, batch: int) -> list[slice]:

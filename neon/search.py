@@ -105,18 +105,41 @@ class Rows:
         return self.rows[key]
 
 
+def key_of(candidates: Candidates, evaluation: Evaluation, kappa: Mapping[str, object], point: Point) -> str:
+    """Digest of everything a row depends on: weights by their digests, not their paths."""
+    facts = identity(candidates, point) | {"base": None, "selftrained": None, "budget": None}
+    facts |= {**kappa, **dict(point.kappa)} | evaluation.identity() | {"family": candidates.family.name}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def scorer(
     candidates: Candidates, evaluation: Evaluation, kappa: Mapping[str, object], rows: Rows
 ) -> Callable[[Point], dict]:
     """point → its row, from the file if it was measured before under the same conditions."""
 
     def score(point: Point) -> dict:
-        facts = identity(candidates, point) | {"base": None, "selftrained": None}  # digests count, not paths
-        facts |= {**kappa, **dict(point.kappa)} | evaluation.identity() | {"family": candidates.family.name}
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        key = key_of(candidates, evaluation, kappa, point)
         return rows.cached(key, lambda: measure(candidates, evaluation, kappa, point))
 
     return score
+
+
+def final_points(searched: Sequence[Mapping], options: Sequence[str]) -> dict[str, Point]:
+    """The three points to compare on fresh images: base (at its own best κ), self-trained (w = −1), and the best found.
+
+    searched: rows of a finished search; options: names of the family's sampling options.
+    """
+    swept = [name for name in options if len({row[name] for row in searched}) > 1]
+
+    def point(row, w):
+        return Point(row["selftrained"] if w else None, w, tuple((name, row[name]) for name in swept))
+
+    best = min(searched, key=lambda row: row["fid"])
+    base = min((row for row in searched if row["w"] == 0), key=lambda row: row["fid"], default=best)
+    trained = best if best["selftrained"] else next((row for row in searched if row["selftrained"]), best)
+    if not trained["selftrained"]:
+        raise NeonError("the search holds no self-trained model")
+    return {"base": point(base, 0.0), "selftrained": point(trained, -1.0), "neon": point(best, best["w"])}
 
 
 def grid(

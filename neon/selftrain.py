@@ -90,7 +90,7 @@ def train(
                 total += loss.detach()
             norm = _step(params, optimizer, scaler, recipe, world)
             if ema is not None:
-                torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - beta)
+                _update_average(ema, params, beta)
 
             due = [_crosses(images, recipe.batch, every) for every in (recipe.snapshot, save_every or recipe.snapshot)]
             images += recipe.batch
@@ -109,7 +109,7 @@ def train(
 
 def make_optimizer(params: Mapping[str, torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     """Adam or AdamW as the recipe says; AdamW decays tensors of two or more dimensions."""
-    options = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps}
+    options = {"lr": recipe.lr, "betas": recipe.betas, "eps": recipe.eps, "fused": True}
     if recipe.optimizer == "adam":
         return torch.optim.Adam(params.values(), **options)
     decayed = [p for p in params.values() if p.ndim >= 2]
@@ -133,6 +133,12 @@ def _step(params, optimizer, scaler, recipe: Recipe, world: World) -> torch.Tens
     scaler.update()
     optimizer.zero_grad()
     return norm
+
+
+@torch.no_grad()
+def _update_average(ema: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor], beta: float) -> None:
+    """ema ← params + beta (ema − params)."""
+    torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - beta)
 
 
 def _seed_step(generator: torch.Generator, seed: int, images: int, rank: int) -> None:
@@ -202,7 +208,10 @@ def _restore(path: Path, identity: dict, params, ema, optimizer, scaler) -> int:
             if ema is not None:
                 ema[name].copy_(state[f"ema/{name}"])
             found = {slot: state[f"{slot}/{name}"] for slot in slots if f"{slot}/{name}" in state}
-            optimizer.state[p] = {slot: t if slot == "step" else t.to(p.device) for slot, t in found.items()}
+            # Moments take the memory layout of their parameter, which fused optimizers need.
+            optimizer.state[p] = {
+                k: torch.empty_like(p).copy_(t) if t.ndim else t.to(p.device) for k, t in found.items()
+            }
         scaler.load_state_dict(json.loads(state.metadata["scaler"]))
         return int(state.metadata["images"])
 

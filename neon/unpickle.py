@@ -380,7 +380,7 @@ def _tensor(machine: _Machine, args: tuple) -> View | None:
             # Inside its storage, not empty, and not larger than the storage, as an expanded tensor would be.
             last = offset + sum((n - 1) * step for n, step in zip(size, stride))
             inside = offset >= 0 and last < count and all(0 <= step <= count for step in stride)
-            if not (inside and all(0 < n <= count for n in size) and math.prod(size) <= count):
+            if not (inside and all(n > 0 for n in size) and math.prod(size) <= count):
                 raise NeonError("a tensor reaches beyond its storage")
             return View(storage, offset, size, stride)
 

@@ -60,7 +60,11 @@ def write_persistent_pickle(
     buffers: Collection[str] = ("resample_filter",),
     **entries,
 ) -> None:
-    """Write {'ema': a module tree, **entries}. buffers: the last parts of names in state_dict that are buffers."""
+    """Write {'ema': a module tree, **entries}.
+
+    state_dict: in the order of Module.state_dict(); a tensor's whole storage is written, so it should be its own.
+    buffers: last parts of the names that are buffers.
+    """
     states = {"": module_state(init_kwargs)}
     root = instance(root_class, states[""])
     for name, tensor in state_dict.items():
@@ -69,7 +73,7 @@ def write_persistent_pickle(
             parent, child = ".".join(parts[:depth]), ".".join(parts[: depth + 1])
             if child not in states:
                 states[child] = module_state({})
-                class_name = next(name for pattern, name in classes.items() if fnmatchcase(child, pattern))
+                class_name = next(value for pattern, value in classes.items() if fnmatchcase(child, pattern))
                 states[parent]["_modules"][part] = instance(class_name, states[child])
         own = states[".".join(parts)]
         if leaf in buffers:
@@ -96,7 +100,7 @@ def instance(class_name: str, state: Any) -> Any:
 def named(path: str) -> Any:
     """What stands for the global of that name: torch's own, or an empty class that nobody else can see."""
     module, _, name = path.rpartition(".")
-    if module.partition(".")[0] in ("torch", "collections", "builtins"):
+    if module.partition(".")[0] == "torch":
         return getattr(importlib.import_module(module), name)
     for end in [*(i for i, character in enumerate(module) if character == "."), len(module)]:
         _stand_ins.setdefault(module[:end], ModuleType(module[:end]))

@@ -1,0 +1,40 @@
+# Every target sets up what it needs in .venv; after the first time that takes a second.
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+export PYTHONWARNINGS := ignore::UserWarning:multiprocessing.resource_tracker
+DVC := dvc repro --quiet
+
+.PHONY: setup demo mini test lint format lock clean
+
+setup: .venv/installed
+
+# Exact versions from the lock, by uv, which comes by pip. Compiled once, so that every short process starts quickly.
+.venv/installed: requirements.lock pyproject.toml
+	@test -x $(BIN)/python || python3 -m venv .venv
+	@test -x $(BIN)/uv || python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(CURDIR)/.venv uv pip install --quiet --compile-bytecode --requirement requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/.venv uv pip install --quiet --no-deps --editable .
+	@touch $@
+
+# EDM on real digits, three seeds: results/demo. `make mini` goes on from there: every family and setting, results/mini.
+demo mini: setup
+	@cd mini && $(DVC) notebooks@$@
+	@echo; cat results/$@/table.md; echo "w-curves and notebooks: results/$@ (up to date)"
+
+test: setup
+	pytest
+
+lint: setup
+	ruff check
+	ruff format --check
+
+format: setup
+	ruff check --fix
+	ruff format
+
+lock:
+	uv pip compile --universal --python-version 3.11 --extra dev --no-annotate --no-header --no-emit-index-url \
+		--upgrade pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf mini/runs results/demo

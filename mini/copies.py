@@ -1,0 +1,51 @@
+"""How many samples copy a training image? For base and Neon of every seed, beside what chance would give.
+
+A sample counts as a copy if it is nearer to some training image than all but 1 % of the held-out real digits are
+(Euclidean distance of pixels), so real digits that nobody has copied score 1 % by construction.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from neon.data import ImageSet
+from neon.family import get_family
+from neon.sampling import parse_seeds
+from neon.search import Candidates
+
+
+def nearest(images: torch.Tensor, train: torch.Tensor) -> np.ndarray:
+    """Distance of each uint8 (N, C, H, W) image to the nearest of `train`, (N,) float64."""
+    return torch.cdist(images.flatten(1).double(), train.flatten(1).double()).min(1).values.numpy()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and heldout/")
+    parser.add_argument("--rows", type=Path, nargs="+", required=True, help="what `neon final` wrote")
+    parser.add_argument("--seeds", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)
+    train, heldout = (s.images(range(len(s))) for s in map(ImageSet, (args.data / "train", args.data / "heldout")))
+    limit = np.quantile(nearest(heldout, train), 0.01)
+    seeds, lines = parse_seeds(args.seeds), []
+    for path in args.rows:
+        for row in map(json.loads, path.read_text().splitlines()):
+            family = get_family(row["family"])
+            model = Candidates(family, row["base"], "cpu").load(row["selftrained"], row["w"])
+            kappa = {name: row[name] for name in family.Sampling.__dataclass_fields__}
+            parts = [family.sample(model, s, family.labels(model, s), **kappa) for s in seeds.split(500)]
+            share = float((nearest(torch.cat(parts), train) <= limit).mean())
+            lines.append(
+                {"family": family.name, "setting": path.parent.name, "seed": int(path.stem)}
+                | {"role": row["role"], "w": row["w"], "copies": share}
+            )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(lines)
+    table.to_csv(args.out, index=False, float_format="%.4f")
+    print(table.groupby(["setting", "role"], sort=False)["copies"].agg(["mean", "max"]))

@@ -1,0 +1,47 @@
+"""Collect the rows of searches and final evaluations into tables."""
+
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+
+from neon.io import atomic
+from neon.report import final_table, markdown, read_rows, summarise
+
+CURVES = ["family", "setting", "seed", "w", "budget", "fid", "precision", "recall", "n"]
+
+
+def files(roots: list[Path], kind: str) -> dict[Path, dict]:
+    """<root>/<kind>/<setting>/<seed>.jsonl → its setting and seed."""
+    found = sorted((p for root in roots for p in root.glob(f"{kind}/*/*.jsonl")), key=lambda p: int(p.stem))
+    return {path: {"setting": path.parent.name, "seed": int(path.stem)} for path in found}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=Path, nargs="+", required=True, help="folders of searches and final evaluations")
+    parser.add_argument("--settings", required=True, help="YAML file with families and their settings, in order")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    families = {k: v["settings"] for k, v in yaml.safe_load(Path(args.settings).read_text()).items() if k != "train"}
+    order = [setting for settings in families.values() for setting in settings]
+    search, final = (
+        read_rows(files(args.rows, kind)).sort_values("setting", key=lambda c: c.map(order.index), kind="stable")
+        for kind in ("search", "final")
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = summarise(final)
+    headline = settings["setting"].isin([next(iter(s)) for s in families.values()])  # a family's first setting
+    tables = {
+        "search.csv": search[CURVES].to_csv(index=False, float_format="%.5g"),
+        "final.csv": final[["role", *CURVES]].to_csv(index=False, float_format="%.5g"),
+        "settings.csv": settings.to_csv(index=False, float_format="%.5g"),
+        "summary.csv": settings[headline].drop(columns="setting").to_csv(index=False, float_format="%.5g"),
+        "table.md": markdown(final_table(final)),
+        "titles.json": json.dumps({k: v["title"] for s in families.values() for k, v in s.items()}, indent=1),
+    }
+    for name, text in tables.items():
+        with atomic(args.out / name) as partial:
+            partial.write_text(text)
+    print(tables["table.md"])
