@@ -10,7 +10,7 @@ setup: .venv/installed
 
 # Exact versions from the lock, by uv, which comes by pip. Compiled once, so that every short process starts quickly.
 .venv/installed: requirements.lock pyproject.toml
-	@test -x $(BIN)/python || python3 -m venv .venv
+	@test -x $(BIN)/pip || python3 -m venv .venv
 	@test -x $(BIN)/uv || python -m pip install --quiet --disable-pip-version-check uv
 	VIRTUAL_ENV=$(CURDIR)/.venv uv pip install --quiet --compile-bytecode --requirement requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/.venv uv pip install --quiet --no-deps --editable .

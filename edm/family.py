@@ -50,9 +50,10 @@ def create(config: str, *, device: torch.device | str, **options) -> EDMPrecond:
     return _build({**named(networks, config, "EDM network"), **options}).to(device, memory_format=torch.channels_last)
 
 
-def load(path: str | Path, *, device: torch.device | str, **options) -> EDMPrecond:
+def load(path: str | Path, *, device: torch.device | str, precision: str = "float32", **options) -> EDMPrecond:
     """A network from an original .pkl or an own .safetensors, in eval mode; options override its constructor's.
 
+    precision: 'float32' (the reference), 'float16' (on GPUs) or 'bfloat16', in which the U-Net computes.
     Raises NeonError if the file records no constructor arguments or its tensors do not fit them.
     """
     with open_weights(path) as weights:
@@ -60,6 +61,7 @@ def load(path: str | Path, *, device: torch.device | str, **options) -> EDMPreco
             raise NeonError(f"{path}: no EDM checkpoint (it does not record the network's constructor arguments)")
         net = _build({**json.loads(weights.metadata["init_kwargs"]), **options})
         load_into(net, weights, path)
+    net.dtype = getattr(torch, precision)
     return net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 

@@ -2,28 +2,42 @@
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from neon import NeonError, __version__
 
+PRECISIONS = ["float32", "float16", "bfloat16"]
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
-    """Run a command; on NeonError print its line to stderr and exit with 1."""
+    """Run a command of the `neon` program."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def run():
         args = _parser(prog, _peek_family(argv)).parse_args(argv)
         args.run(args)
+
+    command_line(run)
+
+
+def command_line(run: Callable[[], None]) -> None:
+    """Call `run` as a program: what the user can mend becomes one line on stderr and exit status 1."""
+    try:
+        run()
     except NeonError as error:
-        fail(error)
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename2 or error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def fail(error: NeonError) -> typing.NoReturn:
+def fail(error: str) -> typing.NoReturn:
     """One line on stderr, exit status 1."""
     from neon.distributed import rank
 
@@ -110,11 +124,20 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     _add_sampling(p, family)
     _add_evaluation(p)
 
+    p = command("inspect", run_inspect, "what a checkpoint holds, without executing anything in it")
+    p.add_argument("file", type=checkpoint)
+    p.add_argument("--key", help="where the state dict lies in a nested file")
+
+    p = command("convert", run_convert, "rewrite a checkpoint of any format as .safetensors")
+    p.add_argument("file", type=checkpoint)
+    p.add_argument("out")
+    p.add_argument("--key", help="where the state dict lies in a nested file")
+
     p = command("reference", run_reference, "statistics of real images, for FID, KID, precision and recall")
     p.add_argument("--images", required=True, help="folder or .zip")
     p.add_argument("--features", default="inception", help="feature extractor (default %(default)s)")
     p.add_argument("--out", required=True, help=".npz")
-    p.add_argument("--batch_size", type=int, default=256)
+    p.add_argument("--batch_size", type=count, default=256)
     p.add_argument("--device", choices=["cpu", "cuda"])
     return parser
 
@@ -123,49 +146,81 @@ def _add_family(p: argparse.ArgumentParser) -> None:
     from neon.family import FAMILIES
 
     p.add_argument("--family", required=True, help=", ".join(FAMILIES))
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
+    p.add_argument("--tf32", action="store_true", help="allow TensorFloat-32 in float32 products (default: no)")
+
+
+def add_inference(p: argparse.ArgumentParser, family) -> None:
+    """Where and how exactly to compute, and the family's sampling options κ."""
+    add_device(p)
+    p.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the network (default %(default)s)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network")
+    options = p.add_argument_group(f"sampling options of {family.name}")
+    for field in dataclasses.fields(family.Sampling):
+        choices = typing.get_args(field.type) or None
+        kind = str if choices else field.type
+        options.add_argument(f"--{field.name}", type=kind, choices=choices, default=field.default, help="%(default)s")
+
+
+def add_metrics(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--features", default="inception", help="inception[:PATH], inception:random, digits:PATH")
+    p.add_argument("--metrics", default="fid,is", help="of fid, is, kid, precision, recall (default %(default)s)")
 
 
 def _add_training(p: argparse.ArgumentParser, family) -> None:
     _add_family(p)
+    add_device(p)
     p.add_argument(
         "--recipe", required=True, help=", ".join(family.recipes) if family else "named recipe of the family"
     )
     p.add_argument("--data", required=True, help="image set: folder or .zip with dataset.json")
     p.add_argument("--out", required=True, help="folder for snapshots and state; an interrupted run goes on")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--micro_batch", type=int, help="images per forward pass and process")
+    p.add_argument("--seed", type=natural, default=0)
+    p.add_argument("--micro_batch", type=count, help="images per forward pass and process")
     p.add_argument("--save_every", type=count, help="images between saved states (default: at snapshots)")
     changes = p.add_argument_group("changes to the recipe")
-    for name, kind in (("batch", count), ("lr", float), ("budget", count), ("snapshot", count), ("ramp", count)):
+    for name, kind in (("batch", count), ("lr", rate), ("budget", count), ("snapshot", count), ("ramp", natural)):
         changes.add_argument(f"--{name}", type=kind)
-    changes.add_argument("--precision", choices=["float32", "float16", "bfloat16"])
+    changes.add_argument("--precision", choices=PRECISIONS)
 
 
 def _add_sampling(p: argparse.ArgumentParser, family) -> None:
     _add_family(p)
     p.add_argument("--seeds", required=True, help="images by seed: 0-49999 or 1,5-9")
-    p.add_argument("--batch_size", type=int, default=64, help="per process; changes nothing but speed")
+    p.add_argument("--batch_size", type=count, default=64, help="per process; changes nothing but speed")
     if family:
-        options = p.add_argument_group(f"sampling options of {family.name}")
-        for field in dataclasses.fields(family.Sampling):
-            choices = typing.get_args(field.type) or None
-            kind = str if choices else field.type
-            options.add_argument(
-                f"--{field.name}", type=kind, choices=choices, default=field.default, help="default %(default)s"
-            )
+        add_inference(p, family)
 
 
 def _add_evaluation(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ref", required=True, help="reference statistics, .npz with mu and sigma")
-    p.add_argument("--features", default="inception", help="inception[:PATH], inception:random, digits:PATH")
-    p.add_argument("--metrics", default="fid,is", help="of fid, is, kid, precision, recall (default %(default)s)")
+    add_metrics(p)
+
+
+def natural(text: str) -> int:
+    """'6M', '500k', '50176', '0' → int. Raises ValueError, as argparse expects."""
+    factor = {"k": 1000, "M": 1_000_000}.get(text[-1:], 1)
+    number = float(text if factor == 1 else text[:-1]) * factor
+    if not 0 <= number < float("inf"):
+        raise ValueError
+    return round(number)
 
 
 def count(text: str) -> int:
-    """'6M', '500k', '50176' → images."""
-    factor = {"k": 1000, "M": 1_000_000}.get(text[-1:], 1)
-    return round(float(text if factor == 1 else text[:-1]) * factor)
+    """The same, but not 0."""
+    if number := natural(text):
+        return number
+    raise ValueError
+
+
+def rate(text: str) -> float:
+    """A finite number > 0."""
+    if 0 < (number := float(text)) < float("inf"):
+        return number
+    raise ValueError
 
 
 def checkpoint(text: str) -> Path:
@@ -190,6 +245,31 @@ def run_merge(args) -> None:
         write_weights(args.out, base, merge(base, selftrained, args.w, **buffers))
 
 
+def run_inspect(args) -> None:
+    from neon.checkpoint import open_weights
+    from neon.io import sha256
+
+    with open_weights(args.file, args.key) as weights:
+        specs = {name: weights.spec(name) for name in weights}
+        for name, (dtype, shape) in specs.items():
+            print(f"{name}  {str(dtype).removeprefix('torch.')}  {'×'.join(map(str, shape)) or 'scalar'}")
+        values = sum(math.prod(shape) for _, shape in specs.values())
+        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        print(f"\nformat   {weights.format}\ntensors  {len(specs)}, {values:,} values, {size / 2**20:,.1f} MiB")
+        for key, value in weights.metadata.items():
+            print(f"{key}  {value}")
+    print(f"sha256   {sha256(args.file)}")
+
+
+def run_convert(args) -> None:
+    from neon.checkpoint import open_weights, write_safetensors
+
+    if Path(args.out).suffix != ".safetensors":
+        raise NeonError(f"{args.out}: converted checkpoints are .safetensors")
+    with open_weights(args.file, args.key) as weights:
+        write_safetensors(args.out, {name: weights.spec(name) for name in weights}, weights.items(), weights.metadata)
+
+
 def run_train(args) -> None:
     import torch
 
@@ -205,7 +285,7 @@ def run_train(args) -> None:
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     recipe = dataclasses.replace(recipe, **changes)
     data = ImageSet(args.data)
-    with world(args.device) as here:
+    with world(args.device, args.tf32) as here:
         if hasattr(args, "base"):
             model = family.load(args.base, device=here.device, **recipe.network)
             origin = {"base": sha256(args.base)}
@@ -227,10 +307,12 @@ def run_generate(args) -> None:
     from neon.sampling import parse_seeds
 
     family, seeds = get_family(args.family), parse_seeds(args.seeds)
-    with world(args.device) as here:
-        model = family.load(args.model, device=here.device)
+    with world(args.device, args.tf32) as here:
+        model = family.load(args.model, device=here.device, precision=args.precision)
+        if args.compile:
+            model.compile()
         options = kappa(args, family)
-        identity = {"model": sha256(args.model), "seeds": args.seeds, **options}
+        identity = {"model": sha256(args.model), "seeds": args.seeds, "precision": args.precision, **options}
         generate(
             lambda s, y: family.sample(model, s, y, **options),
             seeds,
@@ -265,9 +347,9 @@ def run_evaluate(args) -> None:
     from neon.search import Candidates, Point, measure
 
     family = get_family(args.family)
-    with world(args.device) as here:
+    with world(args.device, args.tf32) as here:
         evaluation = _evaluation(args, here)
-        candidates = Candidates(family, args.base, here.device)
+        candidates = Candidates(family, args.base, here.device, args.precision, args.compile)
         result = measure(
             candidates, evaluation, kappa(args, family), Point(args.selftrained and str(args.selftrained), args.w)
         )
@@ -287,11 +369,16 @@ def run_search(args) -> None:
     family = get_family(args.family)
     grids = dict(_grid_option(text, family) for text in args.grid)
     trained = [existing(path) for folder in args.selftrained for path in snapshots(folder)]
-    with world(args.device) as here:
+    with world(args.device, args.tf32) as here:
         evaluation = _evaluation(args, here)
         rows = Rows(args.out, write=here.rank == 0)
         rows.rows = here.gather(rows.rows)[0]  # ranks must agree on what is left to do
-        score = scorer(Candidates(family, args.base, here.device), evaluation, kappa(args, family), rows)
+        score = scorer(
+            Candidates(family, args.base, here.device, args.precision, args.compile),
+            evaluation,
+            kappa(args, family),
+            rows,
+        )
         best = None
         for point, fid in grid(lambda p: score(p)["fid"], trained, parse_grid(args.w), grids, args.stop):
             if here.rank == 0:
@@ -325,9 +412,9 @@ def run_final(args) -> None:
     if not searched:
         raise NeonError(f"{args.search}: no finished evaluation in it")
     points = final_points(searched, [field.name for field in dataclasses.fields(family.Sampling)])
-    with world(args.device) as here:
+    with world(args.device, args.tf32) as here:
         evaluation, options = _evaluation(args, here), kappa(args, family)
-        candidates = Candidates(family, args.base, here.device)
+        candidates = Candidates(family, args.base, here.device, args.precision, args.compile)
         rows = Rows(args.out, write=here.rank == 0)
         rows.rows = here.gather(rows.rows)[0]
         measured: dict = {}

@@ -54,11 +54,13 @@ def rank() -> int:
 
 
 @contextmanager
-def world(device: str | None = None) -> Iterator[World]:
+def world(device: str | None = None, tf32: bool = False) -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be alone.
 
-    device: 'cuda', 'cpu' or None for the GPU of this local rank if there is one.
+    device: 'cuda', 'cpu' or None for the GPU of this local rank if there is one. tf32: allow TensorFloat-32 in float32
+    products and convolutions; PyTorch allows it in convolutions by default, which moves results by about 1e-3.
     """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

@@ -31,9 +31,18 @@ class Point:
 class Candidates:
     """A base and its self-trained snapshots: any θ_r − w (θ_s − θ_r), loaded into one network."""
 
-    def __init__(self, family: Family, base: str | Path, device: torch.device | str, **options):
-        self.family, self.base_path = family, Path(base)
-        self.model = family.load(base, device=device, **options)
+    def __init__(
+        self,
+        family: Family,
+        base: str | Path,
+        device: torch.device | str,
+        precision: str = "float32",
+        compile: bool = False,
+    ):
+        self.family, self.base_path, self.precision = family, Path(base), precision
+        self.model = family.load(base, device=device, precision=precision)
+        if compile:
+            self.model.compile()
         self._read = lru_cache(maxsize=1)(load_weights)
 
     @cached_property
@@ -49,12 +58,19 @@ class Candidates:
         return self.model
 
 
-def measure(candidates: Candidates, evaluation: Evaluation, kappa: Mapping[str, object], point: Point) -> dict:
-    """Merge, sample and measure one point: a row of results."""
+def measure(
+    candidates: Candidates,
+    evaluation: Evaluation,
+    kappa: Mapping[str, object],
+    point: Point,
+    labels: torch.Tensor | None = None,
+) -> dict:
+    """Merge, sample and measure one point: a row of results. labels: (n,) int64, default the family's."""
     started = time.monotonic()
     family, options = candidates.family, {**kappa, **dict(point.kappa)}
     model = candidates.load(point.selftrained, point.w)
-    labels = family.labels(model, evaluation.seeds)
+    if labels is None:
+        labels = family.labels(model, evaluation.seeds)
     result = evaluation(lambda s, y: family.sample(model, s, y, **options), labels, desc=f"w = {point.w:g}")
     return row(family.name, evaluation, options, result, started, **identity(candidates, point))
 
@@ -68,6 +84,7 @@ def identity(candidates: Candidates, point: Point) -> dict:
         "selftrained": point.selftrained,
         "selftrained_sha256": digest(point.selftrained) if point.selftrained else None,
         "budget": budget_of(point.selftrained),
+        "precision": candidates.precision,
     }
 
 

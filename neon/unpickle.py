@@ -14,7 +14,7 @@ checkpoint needs. (`pickle.Unpickler` imports, calls, recurses and allocates as 
 import itertools
 import math
 import os
-import pickle
+import pickle  # only for the names of its opcodes
 import re
 import struct
 from collections.abc import Callable
