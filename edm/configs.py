@@ -68,9 +68,9 @@ RECIPES = {
     ),
     "digits_base": Recipe(
         batch=64,
-        lr=2e-3,
-        budget=102_400,
-        snapshot=102_400,
+        lr=4e-3,
+        budget=153_600,
+        snapshot=153_600,
         ramp=6_400,
         anneal="linear",
         betas=(0.9, 0.99),

@@ -59,10 +59,11 @@ def load(path: str | Path, *, device: torch.device | str, precision: str = "floa
     with open_weights(path) as weights:
         if "init_kwargs" not in weights.metadata:
             raise NeonError(f"{path}: no EDM checkpoint (it does not record the network's constructor arguments)")
-        net = _build({**json.loads(weights.metadata["init_kwargs"]), **options})
-        load_into(net, weights, path)
+        with torch.device("meta"):  # no time for initial values that are overwritten
+            net = _build({**json.loads(weights.metadata["init_kwargs"]), **options})
+        load_into(net.to_empty(device=device), weights, path)
     net.dtype = getattr(torch, precision)
-    return net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def _build(kwargs: dict) -> EDMPrecond:

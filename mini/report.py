@@ -9,7 +9,7 @@ import yaml
 from neon.io import atomic
 from neon.report import final_table, markdown, read_rows, summarise
 
-CURVES = ["family", "setting", "seed", "w", "budget", "fid", "precision", "recall", "n"]
+CURVES = ["family", "setting", "seed", "w", "budget", "fid", "fid_se", "precision", "recall", "n"]
 
 
 def files(roots: list[Path], kind: str) -> dict[Path, dict]:

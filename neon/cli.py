@@ -293,6 +293,8 @@ def run_train(args) -> None:
             torch.manual_seed(args.seed)
             model = family.create(args.network, device=here.device, **recipe.network)
             origin = {"network": args.network}
+        if (record := Path(args.data, "generate.json")).exists():
+            origin["data"] = sha256(record)
         options = {"micro_batch": args.micro_batch, "save_every": args.save_every, "origin": origin}
         snapshots = train(family, model, data, recipe, args.out, world=here, seed=args.seed, **options)
         if here.rank == 0:
@@ -305,12 +307,11 @@ def run_generate(args) -> None:
     from neon.generate import generate
     from neon.io import sha256
     from neon.sampling import parse_seeds
+    from neon.search import Candidates
 
     family, seeds = get_family(args.family), parse_seeds(args.seeds)
     with world(args.device, args.tf32) as here:
-        model = family.load(args.model, device=here.device, precision=args.precision)
-        if args.compile:
-            model.compile()
+        model = Candidates(family, args.model, here.device, args.precision, args.compile).load(None, 0.0)
         options = kappa(args, family)
         identity = {"model": sha256(args.model), "seeds": args.seeds, "precision": args.precision, **options}
         generate(
@@ -366,6 +367,8 @@ def run_search(args) -> None:
     from neon.search import Candidates, Rows, grid, parse_grid, scorer
     from neon.selftrain import snapshots
 
+    if "fid" not in args.metrics.split(","):
+        raise NeonError("a search goes by FID: let --metrics begin with fid")
     family = get_family(args.family)
     grids = dict(_grid_option(text, family) for text in args.grid)
     trained = [existing(path) for folder in args.selftrained for path in snapshots(folder)]
@@ -397,7 +400,10 @@ def _grid_option(text: str, family) -> tuple[str, list]:
         raise NeonError(f"not a grid over a sampling option: {text!r} (write OPTION=GRID; know {', '.join(fields)})")
     kind = fields[name].type
     if kind in (int, float):
-        return name, [kind(v) for v in parse_grid(values)]
+        numbers = [(v, kind(v)) for v in parse_grid(values)]
+        if any(v != exact for v, exact in numbers):
+            raise NeonError(f"{name} takes integers, not {values}")
+        return name, [exact for _, exact in numbers]
     return name, values.split(",")
 
 
@@ -405,12 +411,14 @@ def run_final(args) -> None:
     from neon.distributed import world
     from neon.family import get_family
     from neon.io import existing
-    from neon.search import Candidates, Rows, final_points, key_of, measure
+    from neon.search import Candidates, Rows, digest, final_points, key_of, measure
 
     family = get_family(args.family)
     searched = list(Rows(existing(args.search), write=False).rows.values())
     if not searched:
         raise NeonError(f"{args.search}: no finished evaluation in it")
+    if searched[0]["base_sha256"] != digest(existing(args.base)):
+        raise NeonError(f"{args.search} started from another base, {searched[0]['base']}")
     points = final_points(searched, [field.name for field in dataclasses.fields(family.Sampling)])
     with world(args.device, args.tf32) as here:
         evaluation, options = _evaluation(args, here), kappa(args, family)
@@ -433,16 +441,17 @@ def run_final(args) -> None:
 
 def run_reference(args) -> None:
     from neon.data import ImageSet
+    from neon.distributed import world
     from neon.evaluate import reference_of
     from neon.features import load_extractor
     from neon.metrics import save_reference
 
     if Path(args.out).suffix != ".npz":
         raise NeonError(f"{args.out}: reference statistics are written as .npz")
-    device = args.device or "cpu"
-    save_reference(
-        reference_of(ImageSet(args.images), load_extractor(args.features, device), args.batch_size), args.out
-    )
+    with world(args.device) as here:
+        reference = reference_of(ImageSet(args.images), load_extractor(args.features, here.device), args.batch_size)
+        if here.rank == 0:
+            save_reference(reference, args.out)
 
 
 def summary(row: dict, metrics: Sequence[str]) -> str:
@@ -450,3 +459,7 @@ def summary(row: dict, metrics: Sequence[str]) -> str:
     shown = [f"w {row['w']:g}", f"B {row['budget']}"] if row["selftrained"] else ["w 0"]
     shown += [f"{m.upper() if len(m) < 4 else m} {row[m]:.4g}" for m in metrics]
     return "  ".join([*shown, f"n {row['n']}", f"{row['seconds']:.1f} s"])
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from neon import NeonError
+
 
 @dataclass(frozen=True)
 class World:
@@ -59,12 +61,16 @@ def world(device: str | None = None, tf32: bool = False) -> Iterator[World]:
 
     device: 'cuda', 'cpu' or None for the GPU of this local rank if there is one. tf32: allow TensorFloat-32 in float32
     products and convolutions; PyTorch allows it in convolutions by default, which moves results by about 1e-3.
+    Raises NeonError if there is no GPU for this process.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        place, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if place >= gpus:
+            raise NeonError(f"{gpus} GPUs here, too few for process {place}: start fewer or choose --device cpu")
+        device = f"cuda:{place}"
         torch.cuda.set_device(device)
     if torch.device(device).type == "cpu":
         torch.set_flush_denormal(True)  # zero-initialised layers make denormals, which are several times slower

@@ -37,13 +37,13 @@ class Evaluation:
         if self.extractor.dim != len(self.reference.mu):
             found, wanted = self.extractor.dim, len(self.reference.mu)
             raise NeonError(f"features have {found} dimensions, the reference {self.reference.name} has {wanted}")
-        if self.keeps_features and self.reference.features is None:
+        if self.compares_features and self.reference.features is None:
             raise NeonError(
-                f"{self.reference.name} has no features, which {', '.join(self.keeps_features)} compare with"
+                f"{self.reference.name} has no features, which {', '.join(self.compares_features)} compare with"
             )
 
     @property
-    def keeps_features(self) -> tuple[str, ...]:
+    def compares_features(self) -> tuple[str, ...]:
         return tuple(m for m in self.metrics if m in ("kid", "precision", "recall"))
 
     def identity(self) -> dict:
@@ -66,8 +66,8 @@ class Evaluation:
     ) -> dict[str, float]:
         """Metrics of the images that `sample` makes: (seeds (b,), labels (b,) or None) → uint8 (b, 1 or 3, H, W).
 
-        labels: (n,) int64 for all seeds. Every rank gets the same result. 'is' adds 'is_std' over its splits, 'kid'
-        adds 'kid_std' over its subsets.
+        labels: (n,) int64 for all seeds. Every rank gets the same result. 'fid' adds 'fid_se', its sampling error at
+        this n, 'is' adds 'is_std' over its splits, 'kid' adds 'kid_std' over its subsets.
         """
         n, extractor, world = len(self.seeds), self.extractor, self.world
         moments = Moments(extractor.dim, extractor.device)
@@ -80,20 +80,22 @@ class Evaluation:
                 moments.update(features)
                 if scores is not None:
                     scores.update(logits, torch.arange(n)[part])
-                if self.keeps_features:
-                    kept.append(features.cpu())
+                kept.append(features.cpu())
                 bar.update(len(images) * world.size)
         if world.size > 1:
             moments.all_reduce(dist.all_reduce)
             if scores is not None:
                 scores.all_reduce(dist.all_reduce)
+        own = torch.cat(kept) if kept else torch.empty(0, extractor.dim)
         result = {}
         if "fid" in self.metrics:
             result["fid"] = metrics.frechet_distance(moments.mean, moments.cov, self.reference)
+            influence = metrics.frechet_influence(own, moments.mean, moments.cov, self.reference)
+            influence = torch.cat(world.gather(influence.cpu()))
+            result["fid_se"] = float(influence.std() / n**0.5)
         if scores is not None:
             result["is"], result["is_std"] = scores.score()
-        if self.keeps_features:
-            own = torch.cat(kept) if kept else torch.empty(0, extractor.dim)
+        if self.compares_features:
             generated = torch.cat(world.gather(own)).to(extractor.device)
             real = self.reference.features.to(extractor.device)
             if "kid" in self.metrics:

@@ -51,13 +51,17 @@ def w_curves(
 
 
 def image_grid(groups: dict[str, np.ndarray], columns: int = 20) -> Figure:
-    """Rows of images under a title each: name → uint8 (N, C, H, W)."""
-    fig, axes = plt.subplots(len(groups), 1, figsize=(columns * 0.42, len(groups) * 1.35), squeeze=False)
-    for ax, (title, images) in zip(axes[:, 0], groups.items()):
-        images = np.asarray(images)[: len(images) // columns * columns]
-        n, c, h, w = images.shape
-        sheet = images.reshape(n // columns, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(n // columns * h, -1, c)
-        ax.imshow(sheet.squeeze(-1) if c == 1 else sheet, cmap="gray", vmin=0, vmax=255)
+    """Rows of images under a title each: name → uint8 (N, C, H, W), N a multiple of columns."""
+    sheets = {}
+    for title, images in groups.items():
+        framed = np.pad(np.asarray(images), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=255)
+        n, c, h, w = framed.shape
+        sheet = framed.reshape(n // columns, columns, c, h, w).transpose(0, 3, 1, 4, 2)
+        sheets[title] = sheet.reshape(n // columns * h, columns * w, c)
+    height, width, _ = next(iter(sheets.values())).shape
+    fig, axes = plt.subplots(len(sheets), 1, figsize=(9, len(sheets) * (9 * height / width + 0.35)), squeeze=False)
+    for ax, (title, sheet) in zip(axes[:, 0], sheets.items()):
+        ax.imshow(sheet, cmap="gray", vmin=0, vmax=255)
         ax.set_title(title, loc="left", fontsize=9)
         ax.axis("off")
     fig.tight_layout()
@@ -80,6 +84,7 @@ def before_after(final: pd.DataFrame, titles: dict[str, str] | None = None) -> F
             ax.plot(roles, values, "o-", color="grey", alpha=0.7, ms=4)
         ax.plot(roles, rows.groupby("role")["fid"].mean().reindex(roles), "_", color="crimson", ms=22, mew=2)
         ax.set_title((titles or {}).get(setting, setting), fontsize=9)
+        ax.set_xticks(range(3), ["w = −1", "w = 0", "w*"])
         ax.set_ylim(bottom=0)
         ax.set_ylabel("FID")
         ax.grid(alpha=0.25)

@@ -29,8 +29,10 @@ def generate(
     sample: (seeds (b,), labels (b,) or None) → uint8 (b, C, H, W). identity: JSON values that tell this set from any
     other (checkpoint, sampling options), kept in generate.json. Images that are there are kept, so an interrupted run
     goes on; the files are the same for any batch size and number of processes. Raises NeonError if the folder holds
-    another set.
+    another set, or if seeds repeat.
     """
+    if len(seeds.unique()) < len(seeds):
+        raise NeonError("a seed that is given twice would be one image: every seed once")
     out = Path(out)
     record = out / "generate.json"
     if record.exists() and (found := read_json(record)) != identity:

@@ -157,6 +157,23 @@ def frechet_distance(mu: torch.Tensor, sigma: torch.Tensor, reference: Reference
     return float((mu.to(mu2) - mu2).square().sum() + sigma.trace() + sigma2.trace() - 2 * cross)
 
 
+def frechet_influence(
+    features: torch.Tensor, mu: torch.Tensor, sigma: torch.Tensor, reference: Reference
+) -> torch.Tensor:
+    """By how much each image moves the FID of its set, to first order and up to a constant: (n,) float64.
+
+    Their standard deviation over sqrt(n) is the sampling error of the FID (delta method). features (n, d) are images of
+    the model with moments mu, sigma. The derivative of FID is 2 (mu - mu_ref) for the mean and I - R (R S R)^(-1/2) R,
+    R = sqrtm(S_ref), for the covariance S; directions without variance are left out.
+    """
+    root, mu_ref = reference.root.to(sigma), reference.mu.to(sigma)
+    values, vectors = torch.linalg.eigh(root @ sigma @ root)
+    inverse = torch.where(values > 1e-10 * values[-1], values.clamp(min=1e-300).rsqrt(), 0.0)
+    slope = torch.eye(len(mu)).to(sigma) - root @ (vectors * inverse) @ vectors.T @ root
+    x = features.to(sigma) - mu
+    return 2 * x @ (mu - mu_ref) + ((x @ slope) * x).sum(1)
+
+
 class InceptionScore:
     """Streaming inception score of n images, shuffled into `splits` parts: exp E KL(p(y|x) || p(y)) of each part.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ class Candidates:
         """The network with merged weights; w = 0 or no snapshot is the base."""
         if w and selftrained is None:
             raise NeonError(f"w = {w} needs a self-trained checkpoint")
-        state = dict(merge(self.base, self._read(selftrained), w, self.family.is_buffer)) if w else self.base
-        self.family.weights(self.model).load_state_dict(state)
+        other = self._read(selftrained) if w else self.base  # w = 0 merges nothing, but checks the base
+        self.family.weights(self.model).load_state_dict(dict(merge(self.base, other, w, self.family.is_buffer)))
         return self.model
 
 
@@ -100,21 +101,30 @@ def budget_of(snapshot: str | None) -> int:
 
 
 class Rows:
-    """A JSON-lines file of results, each with the key of what it depends on; a line torn by a kill is dropped."""
+    """A JSON-lines file of results, each with the key of what it depends on; a line torn by a kill is dropped.
+
+    Raises NeonError if the file holds anything else.
+    """
 
     def __init__(self, path: str | Path, write: bool = True):
         self.path, self.write = Path(path), write
         self.rows: dict[str, dict] = {}
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            if write and lines and not lines[-1].endswith("\n"):
-                self.path.write_text("".join(lines[:-1]))
-            self.rows = {row["key"]: row for row in map(json.loads, filter(lambda line: line.endswith("\n"), lines))}
+            whole, newline, torn = self.path.read_bytes().rpartition(b"\n")
+            start = b'{"key": "'
+            try:
+                self.rows = {row["key"]: row for row in map(json.loads, whole.splitlines())}
+                if torn[: len(start)] != start[: len(torn)]:
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
+                raise NeonError(f"{path}: holds something other than rows of results") from None
+            if write and torn:
+                os.truncate(self.path, len(whole + newline))
 
     def cached(self, key: str, compute: Callable[[], dict]) -> dict:
         """The row of that key, computed and appended at once if it is not there."""
         if key not in self.rows:
-            self.rows[key] = {**compute(), "key": key}
+            self.rows[key] = {"key": key, **compute()}
             if self.write:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a") as f:
@@ -144,8 +154,12 @@ def scorer(
 def final_points(searched: Sequence[Mapping], options: Sequence[str]) -> dict[str, Point]:
     """The three points to compare on fresh images: base (at its own best κ), self-trained (w = −1), and the best found.
 
-    searched: rows of a finished search; options: names of the family's sampling options.
+    searched: rows of a finished search; options: names of the family's sampling options. Raises NeonError if the rows
+    were not measured alike, or if no self-trained model is among them.
     """
+    for fact in ("family", "base_sha256", "precision", "seeds", "features", "reference"):
+        if len({json.dumps(row.get(fact)) for row in searched}) > 1:
+            raise NeonError(f"the rows of the search differ in {fact}, so their FIDs cannot be compared")
     swept = [name for name in options if len({row[name] for row in searched}) > 1]
 
     def point(row, w):
@@ -191,6 +205,6 @@ def parse_grid(text: str) -> list[float]:
         count = round((high - low) / step)
         if count < 0 or abs(low + count * step - high) > 1e-9:
             raise ValueError
-        return [round(low + i * step, 10) for i in range(count + 1)]
-    except (ValueError, ZeroDivisionError):
+        return [round(low + i * step, 10) + 0.0 for i in range(count + 1)]  # + 0.0: no -0.0
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise NeonError(f"not a grid: {text!r} (write 0:2:0.25 or -1,0,0.5)") from None

@@ -53,8 +53,9 @@ def train(
     and `origin` (say, the sha256 of the base).
 
     micro_batch: images per forward pass and process (default all of the process's share);
-    save_every: images between states (default recipe.snapshot). Raises NeonError if the folder holds another run, if
-    the batch does not divide over the processes, or if the loss stops being finite (the last snapshot stays).
+    save_every: images between states (default recipe.snapshot). Raises NeonError if the folder holds another run or
+    anything else, if the batch does not divide over the processes, or if weights or loss are not finite (the last
+    snapshot stays).
     """
     out = Path(out)
     if recipe.batch % world.size:
@@ -67,6 +68,10 @@ def train(
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "float16")
     identity = _identity(recipe, seed, world, len(data), origin)
     images = _restore(out / STATE, identity, params, ema, optimizer, scaler)
+    if images == 0:
+        _check_finite(params, 0, out)
+        if world.rank == 0:
+            _save(out / STATE, identity, 0, params, ema, optimizer, scaler)  # from now on the folder is this run's
 
     share = recipe.batch // world.size
     order = islice(ORDERS[recipe.order](len(data), seed), images, None)
@@ -193,8 +198,12 @@ def _save(path: Path, identity: dict, images: int, params, ema, optimizer, scale
 def _restore(path: Path, identity: dict, params, ema, optimizer, scaler) -> int:
     """Load a saved state in place; returns the images seen so far, 0 without a state."""
     if not path.exists():
+        if any(not file.name.startswith(".") for file in path.parent.glob("*")):
+            raise NeonError(f"{path.parent} is not empty and not a training folder; choose another --out")
         return 0
     with open_weights(path) as state:
+        if "run" not in state.metadata:
+            raise NeonError(f"{path} is not the state of a training run; choose another --out")
         saved = json.loads(state.metadata["run"])
         for key in sorted(identity.keys() | saved.keys()):
             if identity.get(key) != saved.get(key):

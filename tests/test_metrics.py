@@ -19,6 +19,7 @@ from neon.metrics import (
     Moments,
     Reference,
     frechet_distance,
+    frechet_influence,
     kid,
     load_reference,
     precision_recall,
@@ -376,3 +377,19 @@ def test_t_interval_covers_as_often_as_it_says():
     intervals = [t_interval(rng.normal(3, 2, size=4), level=0.8) for _ in range(2000)]
     covered = np.mean([abs(mean - 3) < half for mean, half in intervals])
     assert covered == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_sampling_error_of_fid_is_that_of_repeated_draws():
+    torch.manual_seed(0)
+    d, n, repeats = 6, 400, 200
+    mix = torch.randn(d, d, dtype=torch.float64)
+    real = torch.randn(5000, d, dtype=torch.float64) @ mix
+    reference = Reference(real.mean(0), real.T.cov())
+    fids, errors = [], []
+    for _ in range(repeats):
+        x = torch.randn(n, d, dtype=torch.float64) @ mix * 1.3 + 0.5
+        moments = Moments(d)
+        moments.update(x)
+        fids.append(frechet_distance(moments.mean, moments.cov, reference))
+        errors.append(float(frechet_influence(x, moments.mean, moments.cov, reference).std()) / n**0.5)
+    assert np.mean(errors) == pytest.approx(np.std(fids), rel=0.15)

@@ -1,0 +1,117 @@
+"""The commands as their users meet them: as processes that can fail, be killed and be started again."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from neon.cli import main
+
+BIN = Path(sys.prefix, "bin")
+ROOT = Path(__file__).parents[1]
+
+# Processes forked from one that has imported torch: a command starts in a tenth of a second.
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["neon.cli", "neon.generate", "neon.search", "neon.selftrain", "edm.family"])
+
+
+def words(argv) -> list[str]:
+    return [str(word) for word in argv]
+
+
+def neon(*argv) -> str:
+    """Run a command in this process; what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main(words(argv))
+    return out.getvalue()
+
+
+def error_of(*argv) -> str:
+    """Run a command that must fail as users should see it: one line, status 1, nothing on stdout; the line."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit:
+        main(words(argv))
+    assert exit.value.code == 1 and not out.getvalue()
+    assert err.getvalue().startswith("error: ") and err.getvalue().count("\n") == 1
+    return err.getvalue().strip()
+
+
+def start(*argv, **env):
+    """A command in a process of its own (multiprocessing's: kill, join, exitcode)."""
+    process = forkserver.Process(target=_run, args=(words(argv), words(sys.path), env), daemon=True)
+    process.start()
+    return process
+
+
+def _run(argv, path, env):
+    sys.path[:] = path
+    os.environ.update(env)
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        main(argv)
+
+
+def ranks(n: int, *argv) -> list:
+    """A command in n processes that find each other as under torchrun."""
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n)}
+    return [start(*argv, RANK=str(i), LOCAL_RANK=str(i), **meet) for i in range(n)]
+
+
+def kill_when(condition, *processes, timeout: float = 60) -> None:
+    """SIGKILL the processes as soon as condition() holds; they must all have been running."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert all(process.is_alive() for process in processes) and time.monotonic() < deadline
+        time.sleep(0.002)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+
+
+def finish(*processes) -> None:
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(n: int, *program, nodes: int = 1, check: bool = True) -> list[subprocess.CompletedProcess]:
+    """Run `program` ('-m', 'neon.cli', … or a script and its options) under torchrun, one launcher per node."""
+    port = free_port()
+    meet = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    launchers = [
+        subprocess.Popen(
+            [BIN / "torchrun", *meet, *([f"--node_rank={i}"] if nodes > 1 else []), f"--nproc_per_node={n}"]
+            + words(program),
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(nodes)
+    ]
+    done = []
+    for launcher in launchers:
+        out, err = launcher.communicate(timeout=120)
+        assert not check or launcher.returncode == 0, err
+        done.append(subprocess.CompletedProcess(launcher.args, launcher.returncode, out, err))
+    return done
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
