@@ -2,7 +2,6 @@
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::UserWarning:multiprocessing.resource_tracker
-DVC := dvc repro --quiet
 
 .PHONY: setup demo mini test lint format lock clean
 
@@ -18,8 +17,8 @@ setup: .venv/installed
 
 # EDM on real digits, three seeds: results/demo. `make mini` goes on from there: every family and setting, results/mini.
 demo mini: setup
-	@cd mini && $(DVC) notebooks@$@
-	@echo; cat results/$@/table.md; echo "w-curves and notebooks: results/$@ (up to date)"
+	@cd mini && dvc repro notebooks@$@
+	@echo; cat results/$@/table.md; echo "w-curves and executed notebooks are in results/$@"
 
 test: setup
 	pytest

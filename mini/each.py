@@ -16,6 +16,7 @@ import shlex
 import sys
 
 import yaml
+from tqdm import tqdm
 
 
 def expand(template: list[str], values: dict[str, str], tables: dict) -> list[str]:
@@ -72,9 +73,15 @@ def main() -> int:
         expand(args.command, dict(zip(names, combination)), tables)
         for combination in itertools.product(*(values for _, values in args.each))
     ]
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # before a worker loads torch
-    with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(commands))) as pool:
-        return max(pool.imap_unordered(run, commands))
+    bar = tqdm(total=len(commands), desc=" ".join(args.command[:2]), disable=not sys.stderr.isatty())
+    # For the workers, before they load torch: one thread each, and no bars that write over each other.
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    worst = 0
+    with bar, multiprocessing.get_context("spawn").Pool(min(args.jobs, len(commands))) as pool:
+        for status in pool.imap_unordered(run, commands):
+            worst = max(worst, status)
+            bar.update()
+    return worst
 
 
 if __name__ == "__main__":

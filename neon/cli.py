@@ -43,7 +43,7 @@ def fail(error: str) -> typing.NoReturn:
 
     if rank():
         time.sleep(2)  # the same error on every rank: let rank 0 say it, whereupon torchrun stops the others
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", " ".join(error.split()), file=sys.stderr)
     sys.exit(1)
 
 

@@ -1,6 +1,7 @@
 """What the method needs to know of a model family, and how it finds one."""
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -42,7 +43,7 @@ class Recipe:
         if self.anneal == "linear":
             lr *= left
         elif self.anneal == "cosine":
-            lr *= 0.5 - 0.5 * float(torch.cos(torch.tensor(torch.pi * left)))
+            lr *= 0.5 - 0.5 * math.cos(math.pi * left)
         return lr
 
     def ema_beta(self) -> float | None:

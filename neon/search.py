@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,7 +86,7 @@ def identity(candidates: Candidates, point: Point) -> dict:
         "selftrained": point.selftrained,
         "selftrained_sha256": digest(point.selftrained) if point.selftrained else None,
         "budget": budget_of(point.selftrained),
-        "precision": candidates.precision,
+        "dtype": candidates.precision,
     }
 
 
@@ -200,7 +201,10 @@ def parse_grid(text: str) -> list[float]:
     """'0:2:0.25' (both ends included) or '-1,0,0.5' → floats. Raises NeonError."""
     try:
         if ":" not in text:
-            return [float(part) for part in text.split(",")]
+            values = [float(part) + 0.0 for part in text.split(",")]  # + 0.0: no −0
+            if not all(map(math.isfinite, values)):
+                raise ValueError
+            return values
         low, high, step = (float(part) for part in text.split(":"))
         count = round((high - low) / step)
         if count < 0 or abs(low + count * step - high) > 1e-9:

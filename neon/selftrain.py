@@ -211,7 +211,7 @@ def _restore(path: Path, identity: dict, params, ema, optimizer, scaler) -> int:
                 raise NeonError(
                     f"{path.parent} holds another run ({key} is {was} there, {now} here); choose another --out"
                 )
-        slots = {name.partition("/")[0] for name in state} - {"param", "ema"}
+        slots = [slot for slot in dict.fromkeys(name.partition("/")[0] for name in state) if slot not in ("param", "ema")]
         for name, p in params.items():
             p.copy_(state[f"param/{name}"])
             if ema is not None:

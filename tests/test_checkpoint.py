@@ -432,6 +432,7 @@ def test_an_error_halfway_leaves_nothing(tmp_path, form, problem):
         yield from pairs[:-2]
         if problem == "wrong shape":
             yield pairs[-2][0], torch.ones(99)
+            yield pairs[-1]
         elif problem != "too few":
             raise problem
 

@@ -227,6 +227,12 @@ def test_window_order_keeps_all_and_repeats_none_soon(n, seed):
         last[i] = t
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_window_order_repeats_itself_only_without_a_window(n):
+    seen = take(window_order(n, 0), 100 * n)
+    assert (seen == seen[:n] * 100) == (n < 3)
+
+
 @given(st.integers(1, 50), st.integers(0, 2**63))
 @settings(max_examples=30, deadline=None)
 def test_epoch_order_visits_every_image_once_per_epoch(n, seed):

@@ -1,0 +1,30 @@
+"""The README says what is there."""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+sys.path.append(str(ROOT / "mini"))
+
+
+def test_the_measured_table_is_the_one_in_results():
+    from readme import filled
+
+    assert filled(README, (ROOT / "results/mini/table.md").read_text()) == README
+
+
+def test_links_to_files_lead_somewhere():
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_python_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    base, finetuned, model = (torch.nn.Linear(3, 2) for _ in range(3))
+    exec(example, {"base": base, "finetuned": finetuned, "model": model})
+    torch.testing.assert_close(model.weight, 2 * base.weight - finetuned.weight)
