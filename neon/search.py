@@ -158,7 +158,7 @@ def final_points(searched: Sequence[Mapping], options: Sequence[str]) -> dict[st
     searched: rows of a finished search; options: names of the family's sampling options. Raises NeonError if the rows
     were not measured alike, or if no self-trained model is among them.
     """
-    for fact in ("family", "base_sha256", "precision", "seeds", "features", "reference"):
+    for fact in ("family", "base_sha256", "dtype", "seeds", "features", "reference"):
         if len({json.dumps(row.get(fact)) for row in searched}) > 1:
             raise NeonError(f"the rows of the search differ in {fact}, so their FIDs cannot be compared")
     swept = [name for name in options if len({row[name] for row in searched}) > 1]

@@ -95,8 +95,7 @@ def torchrun(n: int, *program, nodes: int = 1, check: bool = True) -> list[subpr
     meet = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={port}"]
     launchers = [
         subprocess.Popen(
-            [BIN / "torchrun", *meet, *([f"--node_rank={i}"] if nodes > 1 else []), f"--nproc_per_node={n}"]
-            + words(program),
+            [BIN / "torchrun", *meet, f"--node_rank={i}", f"--nproc_per_node={n}", *words(program)],
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,

@@ -113,7 +113,7 @@ def test_cleaned_gradients(tmp_path):
     assert [p.item() for p in model.parameters()] == pytest.approx([-0.1, 1.0, 0.1, -0.1], rel=1e-6)
 
     family, model = toy(loss, a=0.0, b=1.0, c=0.0, d=0.0)
-    with pytest.raises(NeonError, match="^a is not finite after 8 images; there is no snapshot yet$"):
+    with pytest.raises(NeonError, match=r"^a is not finite after 8 images; there is no snapshot yet$"):
         train(family, model, Numbers(16), replace(recipe, clean_grads=False), tmp_path / "raw", world=ALONE)
 
 
@@ -214,7 +214,7 @@ def test_interruption_changes_nothing(mini, tmp_path, changes):
 
 
 def test_loss_scale_goes_on(tmp_path):
-    """A gradient of 1e35 overflows until the scale, 2^16 at first, has been halved five times; those steps are none."""
+    """A half-precision gradient of 30 overflows until the scale, 2^16, is halved five times; those steps are none."""
     recipe = replace(PLAIN, precision="float16")
 
     def run(out, steps=None):
@@ -223,7 +223,7 @@ def test_loss_scale_goes_on(tmp_path):
         def loss(model, images):
             if next(calls, None) is None:
                 raise Killed
-            return 1e35 * model.a
+            return 30 * model.a.half().float()
 
         family, model = toy(loss, a=2.0)
         train(family, model, Numbers(16), recipe, tmp_path / out, world=ALONE, save_every=8)
@@ -275,9 +275,9 @@ def test_two_processes(mini, tmp_path):
     losses = {}
     for name in ("whole", "alone"):
         log = (tmp_path / name / "log.jsonl").read_text().splitlines()
-        losses[name] = torch.tensor([json.loads(line)["loss"] for line in log])
+        losses[name] = [json.loads(line)["loss"] for line in log]
     assert len(losses["whole"]) == len(losses["alone"]) == 16
-    assert losses["whole"].mean() == pytest.approx(losses["alone"].mean(), rel=0.2)
+    assert losses["whole"] != losses["alone"] and sum(losses["whole"]) == pytest.approx(sum(losses["alone"]), rel=0.2)
 
 
 # ---------------------------------------------------------------- what must not happen

@@ -1,0 +1,388 @@
+"""What users see when they err: one line that says what to mend, and nothing half done left behind."""
+
+import json
+import os
+import pickle
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from processes import BIN, ROOT, error_of, files, neon, torchrun, words
+
+from neon.checkpoint import load_weights, open_weights, save_safetensors
+from neon.cli import main
+from neon.data import encode_png
+
+# ---------------------------------------------------------------- commands that would work
+
+
+def evaluate(mini, *more):
+    return ["evaluate", *mini.measuring, "--model", mini.base, "--seeds", "0-15", "--metrics", "fid", *more]
+
+
+def generate(mini, out, *more):
+    return ["generate", *mini.sampling, "--model", mini.base, "--seeds", "0-3", "--out", out, *more]
+
+
+def selftrain(mini, out, *more):
+    recipe = ("--recipe", "digits", "--budget", 128, "--snapshot", 128)
+    return ["selftrain", "--family", "edm", "--base", mini.base, "--data", mini.data, *recipe, "--out", out, *more]
+
+
+def search(mini, out, *more):
+    models = ("--base", mini.base, "--selftrained", mini.snapshots[0], "--w=0,1")
+    return ["search", *mini.measuring, *models, "--seeds", "0-15", "--metrics", "fid", "--out", out, *more]
+
+
+def reference(mini, out, *more):
+    return ["reference", "--images", mini.data, *mini.features, "--out", out, *more]
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Where a command is told to write; a test may check that nothing is there, nor beside it."""
+    return tmp_path / "out"
+
+
+def nothing_left(out):
+    return [str(p) for p in out.parent.rglob("*")] == []
+
+
+# ---------------------------------------------------------------- damaged and foreign checkpoints
+
+
+class Program:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.fixture(scope="module")
+def broken(mini, tmp_path_factory):
+    """A folder of files that are no checkpoints of this network."""
+    path = tmp_path_factory.mktemp("broken")
+    with open_weights(mini.base) as weights:
+        state, metadata = dict(weights.items()), weights.metadata
+    first = next(iter(state))
+    content = mini.base.read_bytes()
+    for name, data in {
+        "truncated.safetensors": content[: len(content) // 2],
+        "text.safetensors": b"not a checkpoint" * 9,
+        "empty.safetensors": b"",
+        "unknown.bin": content,
+        "program.pkl": pickle.dumps(Program()),
+        "program.pth": pickle.dumps(Program()),
+        "program.safetensors": pickle.dumps(Program()),
+    }.items():
+        (path / name).write_bytes(data)
+    torch.save({"model": Program()}, path / "zipped.pth")
+    for name, changed in {
+        "shape": state | {first: state[first][:-1]},
+        "extra": state | {"more.weight": torch.zeros(1)},
+        "missing": {name: tensor for name, tensor in state.items() if name != first},
+        "nan": state | {first: state[first] * float("nan")},
+        "inf": state | {first: state[first] / 0.0},
+    }.items():
+        save_safetensors(path / f"{name}.safetensors", changed, metadata)
+    save_safetensors(path / "bare.safetensors", state)
+    save_safetensors(path / "garbled.safetensors", state, metadata | {"init_kwargs": "{"})
+    save_safetensors(path / "options.safetensors", state, metadata | {"init_kwargs": '{"width": 3}'})
+    shutil.copy(ROOT / "tests" / "golden" / "imm" / "tiny_imm.pkl", path / "imm.pkl")
+    (path / "folder").mkdir()
+    return path
+
+
+BROKEN = {
+    "gone.safetensors": "no such file",
+    "truncated.safetensors": "not a readable safetensors file",
+    "text.safetensors": "not a readable safetensors file",
+    "empty.safetensors": "not a readable safetensors file",
+    "unknown.bin": "unknown kind of checkpoint",
+    "program.pkl": "program.pkl: ",
+    "program.pth": "refused, it asks for",
+    "program.safetensors": "not a readable safetensors file",
+    "zipped.pth": "refused, it asks for",
+    "folder": "need one",
+    "shape.safetensors": "shape",
+    "extra.safetensors": "more.weight",
+    "missing.safetensors": "missing",
+    "nan.safetensors": "not finite",
+    "inf.safetensors": "not finite",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_checkpoints(mini, broken, out, name):
+    file, before = broken / name, files(broken)
+    for command in (
+        evaluate(mini, "--model", file, "--out", out),
+        evaluate(mini, "--selftrained", file, "-w", 1, "--out", out),
+        generate(mini, out, "--model", file),
+        selftrain(mini, out, "--base", file),
+        search(mini, out, "--base", file),
+        ["merge", "--base", mini.base, "--selftrained", file, "-w", 1, "--out", out.with_suffix(".safetensors")],
+    ):
+        assert BROKEN[name] in error_of(*command), command
+        assert nothing_left(out), command
+    assert files(broken) == before and not Path("executed").exists()
+
+
+EDM_LOAD = pytest.mark.xfail(strict=True, reason="edm.family.load trusts the recorded constructor arguments")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bare.safetensors",
+        pytest.param("garbled.safetensors", marks=EDM_LOAD),
+        pytest.param("options.safetensors", marks=EDM_LOAD),
+        pytest.param("imm.pkl", marks=EDM_LOAD),
+    ],
+)
+def test_checkpoints_of_other_networks(mini, broken, out, name):
+    for command in (
+        evaluate(mini, "--model", broken / name, "--out", out),
+        generate(mini, out, "--model", broken / name),
+        selftrain(mini, out, "--base", broken / name),
+    ):
+        assert f"{name}: no EDM checkpoint" in error_of(*command)
+        assert nothing_left(out)
+
+
+# ---------------------------------------------------------------- other wrong inputs
+
+
+def image_set(path, shape, labels, n=64):
+    path.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(n):
+        image = torch.randint(256, shape, generator=generator).to(torch.uint8)
+        (path / f"{i:02d}.png").write_bytes(encode_png(image))
+    pairs = None if labels is None else [[f"{i:02d}.png", labels] for i in range(n)]
+    (path / "dataset.json").write_text(json.dumps({"labels": pairs}))
+    return path
+
+
+def test_data_that_cannot_be_read(mini, out, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    (path / "none").mkdir()
+    (path / "text.zip").write_text("no zip")
+    torn = image_set(path / "torn", (1, 8, 8), 0)
+    for file in torn.glob("*.png"):
+        file.write_bytes(file.read_bytes()[:40])
+    for name, message in {"gone": "no such file", "none": "no images", "text.zip": "neither a folder nor"}.items():
+        assert message in error_of(*selftrain(mini, out, "--data", path / name))
+        assert message in error_of(*reference(mini, out.with_suffix(".npz"), "--images", path / name))
+        assert nothing_left(out)
+    assert "is not a readable image" in error_of(*selftrain(mini, out, "--data", torn))
+    assert nothing_left(out)
+    large = image_set(path / "large", (1, 16, 16), 0)
+    assert "reads 8x8 images" in error_of(*reference(mini, out.with_suffix(".npz"), "--images", large))
+    assert nothing_left(out)
+
+
+@pytest.mark.xfail(strict=True, reason="edm.family.loss does not look at what it is given")
+@pytest.mark.parametrize(
+    ("shape", "labels"),
+    [((3, 8, 8), 0), ((1, 16, 16), 0), ((1, 8, 8), None), ((1, 8, 8), 10), ((1, 8, 8), -1)],
+    ids=["colour", "large", "unlabelled", "label 10", "label -1"],
+)
+def test_data_of_another_kind(mini, out, tmp_path_factory, shape, labels):
+    """An EDM network is convolutional: it would train on images of any size without complaint."""
+    data = image_set(tmp_path_factory.mktemp("data") / "set", shape, labels)
+    error_of(*selftrain(mini, out, "--data", data))
+    assert not list(out.glob("snapshot-*"))
+
+
+def test_references_that_do_not_fit(mini, out, tmp_path_factory):
+    path = tmp_path_factory.mktemp("refs")
+    np.savez(path / "three.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(path / "no_mu.npz", sigma=np.eye(16))
+    np.savez(path / "plain.npz", mu=np.zeros(16), sigma=np.eye(16))
+    (path / "program.npz").write_bytes(pickle.dumps(Program()))
+    for name, message in {
+        "three.npz": "features have 16 dimensions, the reference three.npz has 3",
+        "no_mu.npz": "no entry 'mu'",
+        "program.npz": "not an npz file",
+        "gone.npz": "No such file",
+    }.items():
+        assert message in error_of(*evaluate(mini, "--ref", path / name, "--out", out))
+        assert message in error_of(*search(mini, out, "--ref", path / name))
+    plain = evaluate(mini, "--ref", path / "plain.npz", "--metrics", "fid,kid", "--out", out)
+    assert "plain.npz has no features" in error_of(*plain)
+    assert nothing_left(out) and not Path("executed").exists()
+
+
+WRONG = {
+    "family": (lambda m, out: evaluate(m, "--family", "gan"), "unknown family 'gan' (know edm"),
+    "network": (
+        lambda m, out: ["train", "--network", "huge", *selftrain(m, out)[1:3], *selftrain(m, out)[5:]],
+        "unknown EDM network 'huge' (know ",
+    ),
+    "recipe": (lambda m, out: selftrain(m, out, "--recipe", "secret"), "unknown recipe 'secret' (know "),
+    "metric": (lambda m, out: evaluate(m, "--metrics", "fid,psnr"), "unknown metric 'psnr' (know "),
+    "no metric": (lambda m, out: evaluate(m, "--metrics", ""), "unknown metric ''"),
+    "search without fid": (lambda m, out: search(m, out, "--metrics", "is"), "fid"),
+    "extractor": (lambda m, out: evaluate(m, "--features", "vgg"), "no feature extractor 'vgg'"),
+    "extractor file": (lambda m, out: evaluate(m, "--features", "digits:gone"), "No such file"),
+    "extractor weights": (lambda m, out: evaluate(m, "--features", f"digits:{m.base}"), "not hold a DigitsCNN"),
+    "seeds": (lambda m, out: generate(m, out, "--seeds", "a-b"), "not a list of seeds: 'a-b'"),
+    "no seeds": (lambda m, out: evaluate(m, "--seeds", ""), "not a list of seeds"),
+    "range": (lambda m, out: generate(m, out, "--seeds", "9-1"), "empty range of seeds: '9-1'"),
+    "too few for FID": (lambda m, out: evaluate(m, "--seeds", "3"), "at least two images"),
+    "too few for IS": (lambda m, out: evaluate(m, "--seeds", "0-8", "--metrics", "is"), "at least 10 images, got 9"),
+    "grid of w": (lambda m, out: search(m, out, "--w=0:1"), "not a grid: '0:1'"),
+    "uneven grid": (lambda m, out: search(m, out, "--w=0:1:0.3"), "not a grid: '0:1:0.3'"),
+    "endless grid": (lambda m, out: search(m, out, "--w=0:inf:1"), "not a grid: '0:inf:1'"),
+    "grid option": (lambda m, out: search(m, out, "--grid", "temperature=1,2"), "know num_steps, "),
+    "grid without values": (lambda m, out: search(m, out, "--grid", "rho"), "write OPTION=GRID"),
+    "grid of integers": (lambda m, out: search(m, out, "--grid", "num_steps=2.5,3"), "num_steps takes integers"),
+    "w alone": (lambda m, out: evaluate(m, "-w", 1), "w = 1.0 needs a self-trained checkpoint"),
+    "infinite w": (lambda m, out: evaluate(m, "--selftrained", m.snapshots[0], "-w", "inf"), "w must be finite"),
+    "overflowing w": (lambda m, out: evaluate(m, "--selftrained", m.snapshots[0], "-w", "1e42"), "not finite"),
+    "steps": (lambda m, out: evaluate(m, "--num_steps", "-3"), "num_steps must be at least 1"),
+    "snapshots": (lambda m, out: search(m, out, "--selftrained", "gone"), "gone: no such file"),
+    "search": (lambda m, out: ["final", *search(m, out)[1:9], "--search", "gone", *search(m, out)[-6:]], "gone"),
+    "suffix": (lambda m, out: reference(m, out.with_suffix(".txt")), "written as .npz"),
+    "file as folder": (lambda m, out: evaluate(m, "--out", m.base / "row.json"), "File exists"),
+    "folder as file": (lambda m, out: evaluate(m, "--out", m.data), "Is a directory"),
+    "unwritable": (lambda m, out: reference(m, Path("/proc/none/ref.npz")), "/proc/none"),
+}
+if not torch.cuda.is_available():
+    WRONG["device"] = (lambda m, out: evaluate(m, "--device", "cuda"), "GPU")
+    WRONG["device for training"] = (lambda m, out: selftrain(m, out, "--device", "cuda"), "GPU")
+    WRONG["device for reference"] = (lambda m, out: reference(m, out.with_suffix(".npz"), "--device", "cuda"), "GPU")
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_inputs(mini, out, case):
+    command, message = WRONG[case]
+    before = files(mini.path)
+    assert message in error_of(*command(mini, out))
+    assert nothing_left(out) and files(mini.path) == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("--batch=0", "--batch=-64", "--batch=x", "--budget=0", "--budget=inf", "--budget=nan", "--budget=k"),
+        *("--budget=0.2", "--snapshot=0", "--ramp=-1", "--micro_batch=0", "--save_every=-1", "--seed=-1"),
+        *("--lr=0", "--lr=-1", "--lr=nan", "--lr=inf", "--precision=int8", "--device=tpu", "--dropout=1"),
+    ],
+)
+def test_numbers_that_make_no_sense(mini, out, capsys, options):
+    with pytest.raises(SystemExit) as exit:
+        main(words(selftrain(mini, out, options)))
+    assert exit.value.code == 2 and options.partition("=")[0] in capsys.readouterr().err
+    assert nothing_left(out)
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("64", 64), ("500k", 500_000), ("6M", 6_000_000), ("2.3k", 2300)])
+def test_counts_of_images(mini, text, wanted):
+    from neon.cli import count
+
+    assert count(text) == wanted
+
+
+def test_batch_size_zero(mini, out, capsys):
+    for command in (evaluate(mini), generate(mini, out), reference(mini, out)):
+        with pytest.raises(SystemExit) as exit:
+            main(words([*command, "--batch_size", 0]))
+        assert exit.value.code == 2 and "batch_size" in capsys.readouterr().err
+
+
+def test_a_search_ends_at_the_first_broken_snapshot(mini, broken, out):
+    """What was measured before stays: it is whole, and need not be measured again."""
+    command = search(mini, out, "--selftrained", broken / "shape.safetensors")
+    assert "shape" in error_of(*command)
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert row["w"] == 0 and not list(out.parent.glob(".*"))
+
+
+# ---------------------------------------------------------------- as real processes
+
+
+def test_a_program_that_fails(mini, tmp_path):
+    command = evaluate(mini, "--model", tmp_path / "gone.safetensors")
+    done = subprocess.run([BIN / "neon", *words(command)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {tmp_path / 'gone.safetensors'}: no such file\n"
+
+
+def test_two_processes_that_fail(mini, tmp_path):
+    """Both find the same error; one says it."""
+    (done,) = torchrun(2, "-m", "neon.cli", *evaluate(mini, "--model", tmp_path / "gone.safetensors"), check=False)
+    assert done.returncode == 1 and not done.stdout
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: {tmp_path / 'gone.safetensors'}: no such file"
+    ]
+    assert "Traceback (most recent call last):\n  File" not in done.stderr.partition("ChildFailedError")[0] or (
+        "neon/" not in done.stderr
+    )
+
+
+def test_interrupt(mini, tmp_path):
+    """Ctrl-C ends a run at once, quietly, with the status that shells expect; typed again, the run goes on."""
+    out = tmp_path / "run"
+    command = selftrain(mini, out, "--budget", 640_000, "--snapshot", 64, "--save_every", 64)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([BIN / "neon", *words(command)], **pipes)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("snapshot-*"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    printed, complained = process.communicate(timeout=30)
+    assert process.returncode == 130 and not printed and not complained
+    assert time.monotonic() - sent < 5
+    assert not list(out.glob(".*"))
+    with open_weights(out / "state.safetensors") as state:
+        assert 128 <= int(state.metadata["images"]) < 640_000
+
+
+def test_importing_neon_is_cheap():
+    """The package, the command's parser and its help load no deep-learning library."""
+    heavy = (
+        "[m for m in ('torch', 'torch_fidelity', 'torchvision', 'scipy', 'pandas', 'safetensors') if m in sys.modules]"
+    )
+    for code in ("import neon", "import neon.cli; neon.cli._parser('neon', None)"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; {code}; print({heavy})"], capture_output=True, text=True
+        )
+        assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+# ---------------------------------------------------------------- the family's scripts
+
+
+def script(monkeypatch, name, *argv):
+    monkeypatch.setattr(sys, "argv", words([name, *argv]))
+    monkeypatch.syspath_prepend(ROOT / "edm")  # as python does for a script
+    runpy.run_path(str(ROOT / "edm" / name), run_name="__main__")
+
+
+def test_merge_script(mini, tmp_path, monkeypatch):
+    options = ("--base", mini.base, "--selftrained", mini.snapshots[1], "-w", 0.75, "--out")
+    script(monkeypatch, "merge.py", *options, tmp_path / "script.safetensors")
+    neon("merge", "--family", "edm", *options, tmp_path / "neon.safetensors")
+    found = load_weights(tmp_path / "script.safetensors")
+    base, trained = load_weights(mini.base), load_weights(mini.snapshots[1])
+    assert (tmp_path / "script.safetensors").read_bytes() == (tmp_path / "neon.safetensors").read_bytes()
+    for name, tensor in found.items():
+        wanted = base[name] if name.endswith("resample_filter") else 1.75 * base[name] - 0.75 * trained[name]
+        torch.testing.assert_close(tensor, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_fid_script(mini, tmp_path, monkeypatch, capsys):
+    measuring = (*mini.measuring[2:], "--seeds", "0-31", "--metrics", "fid,is")
+    script(monkeypatch, "calculate_fid.py", "--network_pkl", mini.base, *measuring, "--out", tmp_path / "script.json")
+    assert capsys.readouterr().out.startswith("FID ")
+    neon("evaluate", "--family", "edm", "--model", mini.base, *measuring, "--out", tmp_path / "neon.json")
+    found, wanted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("script", "neon"))
+    assert {k: v for k, v in found.items() if k != "seconds"} == {k: v for k, v in wanted.items() if k != "seconds"}

@@ -1,0 +1,312 @@
+"""Evaluation, search and final comparison: the same numbers however they are computed, each computed once."""
+
+import json
+
+import pytest
+import torch
+from processes import error_of, finish, kill_when, neon, ranks, start, torchrun
+
+import edm.family
+from neon import NeonError, metrics
+from neon.checkpoint import load_weights
+from neon.data import ImageSet
+from neon.evaluate import Evaluation
+from neon.features import Extractor, load_extractor
+from neon.metrics import Moments, load_reference
+from neon.search import budget_of, final_points
+
+ALL = "fid,is,kid,precision,recall"
+NUMBERS = ("fid", "fid_se", "is", "is_std", "kid", "kid_std", "precision", "recall")
+SEEDS = "5-104"
+
+
+def evaluate(mini, out, *more, metrics=ALL, batch_size=64):
+    options = ("--seeds", SEEDS, "--metrics", metrics, "--batch_size", batch_size)
+    return ["evaluate", *mini.measuring, "--model", mini.base, *options, "--out", out, *more]
+
+
+def numbers(path):
+    row = json.loads(path.read_text())
+    return {name: row[name] for name in NUMBERS}
+
+
+@pytest.fixture(scope="module")
+def base_row(mini, tmp_path_factory):
+    """What `neon evaluate` says of the base."""
+    path = tmp_path_factory.mktemp("evaluate") / "base.json"
+    printed = neon(*evaluate(mini, path))
+    row = json.loads(path.read_text())
+    assert f"FID {row['fid']:.4g}" in printed and f"precision {row['precision']:.4g}" in printed
+    return row
+
+
+# ---------------------------------------------------------------- one evaluation
+
+
+def test_numbers_are_those_of_the_images(mini, base_row):
+    """Sampled by hand, measured at once."""
+    model = edm.family.load(mini.base, device="cpu")
+    seeds = torch.arange(5, 105)
+    images = edm.family.sample(model, seeds, edm.family.labels(model, seeds), num_steps=4)
+    extractor, reference = load_extractor(mini.features[1]), load_reference(mini.ref)
+    features = extractor(images.expand(-1, 3, -1, -1)).features
+    moments = Moments(16)
+    moments.update(features)
+    assert base_row["fid"] == pytest.approx(metrics.frechet_distance(moments.mean, moments.cov, reference), rel=1e-9)
+    precision, recall = metrics.precision_recall(reference.features, features)
+    assert (base_row["precision"], base_row["recall"]) == (precision, recall)
+    kid = metrics.kid(features, reference.features, subset_size=100)
+    assert (base_row["kid"], base_row["kid_std"]) == pytest.approx(kid, rel=1e-6)
+    assert precision > 0 and recall > 0 and base_row["is"] > 1
+    assert (base_row["n"], base_row["seeds"], base_row["w"], base_row["budget"]) == (100, "5-104", 0.0, 0)
+
+
+def same(found, row):
+    wanted = {name: row[name] for name in NUMBERS}
+    assert found == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+    assert (found["precision"], found["recall"]) == (wanted["precision"], wanted["recall"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500])
+def test_any_batch_size(mini, base_row, tmp_path, batch_size):
+    neon(*evaluate(mini, tmp_path / "row.json", batch_size=batch_size))
+    same(numbers(tmp_path / "row.json"), base_row)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes(mini, base_row, tmp_path, processes):
+    (done,) = torchrun(processes, "-m", "neon.cli", *evaluate(mini, tmp_path / "row.json", batch_size=7))
+    same(numbers(tmp_path / "row.json"), base_row)
+    assert json.loads((tmp_path / "row.json").read_text())["world"] == processes
+    assert done.stdout.count("FID") == 1
+
+
+def test_two_nodes(mini, base_row, tmp_path):
+    done = torchrun(1, "-m", "neon.cli", *evaluate(mini, tmp_path / "row.json"), nodes=2)
+    same(numbers(tmp_path / "row.json"), base_row)
+    assert [node.stdout.count("FID") for node in done] == [1, 0]
+
+
+def test_merge_in_memory(mini, base_row, tmp_path):
+    """w = −1 is the self-trained model, and a merge in memory is the merge in a file."""
+    trained, w = mini.snapshots[1], ("--selftrained", mini.snapshots[1], "-w")
+    neon(*evaluate(mini, tmp_path / "minus.json", *w, "-1"))
+    neon(*evaluate(mini, tmp_path / "trained.json", "--model", trained))
+    minus, alone = numbers(tmp_path / "minus.json"), numbers(tmp_path / "trained.json")
+    assert minus["fid"] == pytest.approx(alone["fid"], rel=1e-3)
+    assert alone["fid"] != pytest.approx(base_row["fid"], rel=1e-3)
+
+    merged = tmp_path / "merged.safetensors"
+    neon("merge", "--family", "edm", "--base", mini.base, "--selftrained", trained, "-w", 1.5, "--out", merged)
+    neon(*evaluate(mini, tmp_path / "file.json", "--model", merged))
+    neon(*evaluate(mini, tmp_path / "memory.json", *w, 1.5))
+    assert numbers(tmp_path / "file.json") == numbers(tmp_path / "memory.json")
+    assert json.loads((tmp_path / "memory.json").read_text())["budget"] == 256
+
+    neon(*evaluate(mini, tmp_path / "zero.json", *w, 0))
+    assert numbers(tmp_path / "zero.json") == {name: base_row[name] for name in NUMBERS}
+
+
+def constant(classes=None):
+    return Extractor("constant", 2, classes, torch.device("cpu"), lambda images: (images[:, :2, 0, 0].float(), None))
+
+
+def test_what_does_not_fit_together(mini):
+    seeds, reference = torch.arange(8), load_reference(mini.ref)
+    with pytest.raises(NeonError, match=r"features have 2 dimensions, the reference ref\.npz has 16"):
+        Evaluation(seeds, constant(), reference)
+    for name in ("nope", ""):
+        with pytest.raises(NeonError, match=f"unknown metric {name!r}"):
+            Evaluation(seeds, load_extractor(mini.features[1]), reference, ("fid", name))
+
+
+def test_more_processes_than_images(mini, tmp_path):
+    """A rank without any image still takes part."""
+    command = evaluate(mini, tmp_path / "one.json", "--seeds", "0-2", metrics="fid")
+    neon(*command)
+    finish(*ranks(4, *command, "--out", tmp_path / "four.json"))
+    one, four = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "four"))
+    assert (one["world"], four["world"]) == (1, 4) and four["n"] == 3
+    assert (four["fid"], four["fid_se"]) == pytest.approx((one["fid"], one["fid_se"]), rel=1e-6)
+
+
+# ---------------------------------------------------------------- search and final
+
+
+def search(mini, out, *more, w="0,-1,0.5,1", batch_size=64):
+    options = ("--selftrained", *mini.snapshots, f"--w={w}", "--batch_size", batch_size, "--seeds", SEEDS)
+    return ["search", *mini.measuring, "--base", mini.base, *options, "--metrics", ALL, "--out", out, *more]
+
+
+def final(mini, out, searched, *more):
+    options = ("--seeds", "200-299", "--metrics", ALL, "--search", searched, "--out", out)
+    return ["final", *mini.measuring, "--base", mini.base, *options, *more]
+
+
+def rows(path):
+    """The rows without what depends on the hour."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in lines]
+
+
+@pytest.fixture(scope="module")
+def searched(mini, tmp_path_factory):
+    """A finished search."""
+    path = tmp_path_factory.mktemp("search") / "search.jsonl"
+    printed = neon(*search(mini, path))
+    best = min(rows(path), key=lambda row: row["fid"])
+    assert printed.splitlines()[-1].startswith(f"best: w {best['w']:g}")
+    return path
+
+
+def test_a_search_measures_every_point_once(mini, searched, base_row):
+    found = rows(searched)
+    assert [(row["budget"], row["w"]) for row in found] == [
+        *((0, 0.0), (128, -1.0), (128, 0.5), (128, 1.0)),
+        *((256, -1.0), (256, 0.5), (256, 1.0)),
+    ]
+    assert {name: found[0][name] for name in NUMBERS} == {name: base_row[name] for name in NUMBERS}
+    assert len({row["fid"] for row in found}) == len(found)
+
+
+def test_minus_one_is_the_snapshot(mini, searched, tmp_path):
+    for row in rows(searched):
+        if row["w"] == -1:
+            neon(*evaluate(mini, tmp_path / "row.json", "--model", row["selftrained"]))
+            assert row["fid"] == pytest.approx(numbers(tmp_path / "row.json")["fid"], rel=1e-3)
+
+
+def test_a_finished_search_is_not_repeated(mini, searched):
+    before = searched.read_bytes(), searched.stat().st_mtime_ns
+    neon(*search(mini, searched))
+    neon(*search(mini, searched, w="1,0"))
+    assert (searched.read_bytes(), searched.stat().st_mtime_ns) == before
+
+
+def test_a_killed_search_goes_on(mini, searched, tmp_path):
+    path = tmp_path / "search.jsonl"
+    for done in (1, 3):
+        slow = start(*search(mini, path, batch_size=1))
+        kill_when(lambda done=done: path.exists() and path.read_bytes().count(b"\n") >= done, slow)
+    before = path.read_bytes()
+    before = before[: before.rindex(b"\n") + 1]
+    assert 3 <= before.count(b"\n") < 7
+    path.write_bytes(before + b'{"key": "0123')  # the row that a kill may tear
+    finish(start(*search(mini, path)))
+    assert path.read_bytes().startswith(before)
+    for found, wanted in zip(rows(path), rows(searched), strict=True):
+        assert found["key"] == wanted["key"]
+        same({name: found[name] for name in NUMBERS}, wanted)
+
+
+def test_final(mini, searched, tmp_path):
+    path, found = tmp_path / "final.jsonl", rows(searched)
+    neon(*final(mini, path, searched))
+    base, trained, best = rows(path)
+    wanted = min(found, key=lambda row: row["fid"])
+    assert [row["role"] for row in (base, trained, best)] == ["base", "selftrained", "neon"]
+    assert (base["w"], trained["w"], best["w"]) == (0, -1, wanted["w"])
+    assert trained["selftrained"] == (wanted["selftrained"] or found[1]["selftrained"])
+    assert {row["seeds"] for row in (base, trained, best)} == {"200-299"}
+
+    # Killed after the first row: that one stays, the others come out the same.
+    whole = path.read_bytes()
+    first = whole[: whole.index(b"\n") + 1]
+    path.write_bytes(first + whole[len(first) :][:40])
+    neon(*final(mini, path, searched))
+    assert path.read_bytes().startswith(first) and rows(path) == [base, trained, best]
+    before = path.stat().st_mtime_ns
+    neon(*final(mini, path, searched))
+    assert path.stat().st_mtime_ns == before
+
+
+def test_final_of_a_grid_takes_its_options(mini, tmp_path):
+    path = tmp_path / "search.jsonl"
+    neon(*search(mini, path, "--grid", "num_steps=2,4", "--grid", "solver=heun,euler", w="0,1"))
+    found = rows(path)
+    assert len(found) == 4 + 2 * 4
+    neon(*final(mini, tmp_path / "final.jsonl", path))
+    base, trained, best = rows(tmp_path / "final.jsonl")
+
+    def options(row):
+        return row["num_steps"], row["solver"]
+
+    assert options(base) == options(min((row for row in found if row["w"] == 0), key=lambda row: row["fid"]))
+    assert options(best) == options(min(found, key=lambda row: row["fid"])) and trained["w"] == -1
+
+
+def test_stop_ends_a_row_early(mini, searched, tmp_path):
+    ascending = sorted((row for row in rows(searched) if row["budget"] in (0, 128)), key=lambda row: row["fid"])
+    w = ",".join(str(row["w"]) for row in ascending)
+    last = ascending[2]["fid"] - ascending[0]["fid"]
+    for stop, measured in ((0, 2), (last * 0.999, 3), (last * 1.001, 4)):
+        path = tmp_path / f"{measured}.jsonl"
+        neon(*search(mini, path, "--selftrained", mini.snapshots[0], "--stop", stop, w=w))
+        assert rows(path) == ascending[:measured]
+
+
+ROW = {"family": "edm", "base_sha256": "a", "dtype": "float32", "seeds": "0-9", "features": "f", "reference": "r"}
+
+
+def test_final_points_of_rows_that_do_not_compare():
+    found = [{**ROW, "fid": 1.0, "w": 0.0, "selftrained": None}, {**ROW, "fid": 2.0, "w": 1.0, "selftrained": "s"}]
+    assert final_points(found, [])["selftrained"].selftrained == "s"
+    assert final_points(found, [])["neon"].w == 0
+    for fact in ROW:
+        with pytest.raises(NeonError, match=f"the rows of the search differ in {fact}"):
+            final_points([found[0], {**found[1], fact: "other"}], [])
+    with pytest.raises(NeonError, match="holds no self-trained model"):
+        final_points(found[:1], [])
+
+
+def test_final_of_another_base(mini, searched, tmp_path):
+    other = final(mini, tmp_path / "final.jsonl", searched, "--base", mini.snapshots[0])
+    assert error_of(*other) == f"error: {searched} started from another base, {mini.base}"
+    assert not (tmp_path / "final.jsonl").exists()
+
+
+def test_files_that_hold_something_else(mini, searched, tmp_path):
+    for name, content in {
+        "notes": b"bought milk\nand tea",
+        "rows": b'{"fid": 1}\n',
+        "list": b"[1, 2]\n",
+        "bytes": bytes(range(256)),
+        "json": b'{"labels": null}',
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        wanted = f"error: {tmp_path / name}: holds something other than rows of results"
+        assert error_of(*search(mini, tmp_path / name)) == wanted
+        assert error_of(*final(mini, tmp_path / "final.jsonl", tmp_path / name)) == wanted
+        assert error_of(*final(mini, tmp_path / name, searched)) == wanted
+        assert (tmp_path / name).read_bytes() == content
+    (tmp_path / "none").touch()
+    assert "no finished evaluation" in error_of(*final(mini, tmp_path / "final.jsonl", tmp_path / "none"))
+    assert not (tmp_path / "final.jsonl").exists()
+
+
+def test_budget_of():
+    assert budget_of("runs/snapshot-003000320.safetensors") == 3_000_320
+    assert budget_of(None) == 0 and budget_of("released.safetensors") == 0
+
+
+def test_reference_statistics_are_of_all_images(mini, tmp_path):
+    images = ImageSet(mini.data).images(range(128)).expand(-1, 3, -1, -1)
+    features = load_extractor(mini.features[1])(images).features
+    for size in (7, 1000):
+        neon("reference", "--images", mini.data, *mini.features, "--out", tmp_path / "r.npz", "--batch_size", size)
+        found = load_reference(tmp_path / "r.npz")
+        torch.testing.assert_close(found.features, features, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.mu, features.double().mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.sigma, features.double().T.cov(), rtol=1e-5, atol=1e-5)
+
+
+def test_base_weights_come_back_after_a_merge(mini):
+    """One network serves all points: a merge must leave no trace in the next."""
+    from neon.search import Candidates
+
+    candidates, base = Candidates(edm.family, mini.base, "cpu"), load_weights(mini.base)
+    candidates.load(mini.snapshots[0], 2.0)
+    state = candidates.load(None, 0.0).state_dict()
+    assert all(torch.equal(state[name], base[name]) for name in base)
+    with pytest.raises(NeonError, match=r"w = 0.5 needs a self-trained checkpoint"):
+        candidates.load(None, 0.5)
