@@ -18,10 +18,22 @@ from edm.network import EDMPrecond
 from edm.sampler import from_uint8, start
 from edm.sampler import sample as edm_sample
 from neon import NeonError
-from neon.checkpoint import load_into, open_weights
+from neon.checkpoint import check_fits, load_into, open_weights
 from neon.family import named
 
-__all__ = ["Sampling", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
+__all__ = [
+    "Sampling",
+    "check",
+    "create",
+    "is_buffer",
+    "labels",
+    "load",
+    "loss",
+    "metadata",
+    "networks",
+    "recipes",
+    "sample",
+]
 
 name = "edm"
 
@@ -57,10 +69,16 @@ def load(path: str | Path, *, device: torch.device | str, precision: str = "floa
     Raises NeonError if the file records no constructor arguments or its tensors do not fit them.
     """
     with open_weights(path) as weights:
-        if "init_kwargs" not in weights.metadata:
-            raise NeonError(f"{path}: no EDM checkpoint (it does not record the network's constructor arguments)")
-        with torch.device("meta"):  # no time for initial values that are overwritten
-            net = _build({**json.loads(weights.metadata["init_kwargs"]), **options})
+        try:
+            if weights.metadata.get("class_name", "EDMPrecond") != "EDMPrecond":
+                raise NeonError(f"it holds a {weights.metadata['class_name']}")
+            if "init_kwargs" not in weights.metadata:
+                raise NeonError("it does not record the network's constructor arguments")
+            with torch.device("meta"):  # no time for initial values that are overwritten
+                net = _build({**json.loads(weights.metadata["init_kwargs"]), **options})
+        except (NeonError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+            raise NeonError(f"{path}: no EDM checkpoint ({error})") from None
+        check_fits(net, weights, path)
         load_into(net.to_empty(device=device), weights, path)
     net.dtype = getattr(torch, precision)
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -89,6 +107,17 @@ def labels(model: EDMPrecond, seeds: torch.Tensor) -> torch.Tensor | None:
 def sample(model: EDMPrecond, seeds: torch.Tensor, labels: torch.Tensor | None, **kappa) -> torch.Tensor:
     """uint8 (N, C, R, R); kappa: fields of Sampling."""
     return edm_sample(model, seeds, labels, next(model.parameters()).device, **kappa)
+
+
+def check(model: EDMPrecond, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
+    """Raises NeonError if the network cannot be trained on images of that (C, H, W) and labels."""
+    wanted = (model.img_channels, model.img_resolution, model.img_resolution)
+    if shape != wanted:
+        raise NeonError(f"the images are {shape} (channels, height, width), the network makes {wanted}")
+    if model.label_dim and labels is None:
+        raise NeonError("the network is class-conditional, but the images have no labels")
+    if model.label_dim and not 0 <= labels.min() <= labels.max() < model.label_dim:
+        raise NeonError(f"labels run from {labels.min()} to {labels.max()}, the network has {model.label_dim} classes")
 
 
 def loss(

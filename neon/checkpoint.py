@@ -345,15 +345,22 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-@torch.no_grad()
-def load_into(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Copy weights into a module. Raises NeonError, naming the first tensor that is missing, extra or misshapen."""
+def check_fits(module: torch.nn.Module, weights: Weights | Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Raises NeonError, naming the first tensor that is missing, extra or misshapen. The module may be on 'meta'."""
     state = module.state_dict()
-    for name in dict.fromkeys([*state, *weights]):
+    shape_of = (lambda name: weights.spec(name)[1]) if isinstance(weights, Weights) else (lambda n: weights[n].shape)
+    for name in [*state, *weights]:
         if name not in weights or name not in state:
             raise NeonError(f"{source}: {name} is {'missing' if name not in weights else 'not of this network'}")
-        tensor = weights[name]
-        if tensor.shape != state[name].shape:
-            found, wanted = tuple(tensor.shape), tuple(state[name].shape)
+        found, wanted = tuple(shape_of(name)), tuple(state[name].shape)
+        if found != wanted:
             raise NeonError(f"{source}: {name} has shape {found}, this network needs {wanted}")
-        state[name].copy_(tensor)
+
+
+@torch.no_grad()
+def load_into(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Copy weights into a module whose names and shapes agree. Raises NeonError if not, see check_fits."""
+    check_fits(module, weights, source)
+    state = module.state_dict()
+    for name in state:
+        state[name].copy_(weights[name])

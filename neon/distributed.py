@@ -82,5 +82,6 @@ def world(device: str | None = None, tf32: bool = False) -> Iterator[World]:
         if size > 1:
             dist.barrier()
     finally:
+        torch.set_flush_denormal(False)
         if size > 1:
             dist.destroy_process_group()

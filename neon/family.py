@@ -78,6 +78,9 @@ class Family(Protocol):
     def sample(self, model, seeds: torch.Tensor, labels: torch.Tensor | None, **kappa) -> torch.Tensor:
         """One image per seed, on the model's device; image i depends on seeds[i], labels[i] and kappa only."""
 
+    def check(self, model: torch.nn.Module, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
+        """Raise NeonError if the model cannot be trained on images of that (C, H, W) and labels."""
+
     def loss(self, model, images, labels, generator: torch.Generator, **options) -> torch.Tensor:
         """Mean training loss of a batch, a scalar; all randomness but dropout's from `generator`."""
 

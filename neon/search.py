@@ -18,7 +18,7 @@ from neon.checkpoint import load_weights
 from neon.evaluate import Evaluation, row
 from neon.family import Family
 from neon.io import sha256
-from neon.merge import merge
+from neon.merge import is_finite, merge
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,18 @@ class Candidates:
 
     @cached_property
     def base(self) -> dict[str, torch.Tensor]:
-        return load_weights(self.base_path)
+        state = load_weights(self.base_path)
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not self.family.is_buffer(name) and not is_finite(tensor):
+                raise NeonError(f"{self.base_path}: {name} is not finite")
+        return state
 
     def load(self, selftrained: str | Path | None, w: float) -> torch.nn.Module:
         """The network with merged weights; w = 0 or no snapshot is the base."""
         if w and selftrained is None:
             raise NeonError(f"w = {w} needs a self-trained checkpoint")
-        other = self._read(selftrained) if w else self.base  # w = 0 merges nothing, but checks the base
-        self.family.weights(self.model).load_state_dict(dict(merge(self.base, other, w, self.family.is_buffer)))
+        state = dict(merge(self.base, self._read(selftrained), w, self.family.is_buffer)) if w else self.base
+        self.family.weights(self.model).load_state_dict(state)
         return self.model
 
 

@@ -60,6 +60,7 @@ def train(
     out = Path(out)
     if recipe.batch % world.size:
         raise NeonError(f"batch {recipe.batch} does not divide over {world.size} processes")
+    family.check(model, data.shape, data.labels)
     network = family.weights(model).train().requires_grad_(True)
     params = dict(network.named_parameters())
     beta = recipe.ema_beta()
@@ -211,11 +212,11 @@ def _restore(path: Path, identity: dict, params, ema, optimizer, scaler) -> int:
                 raise NeonError(
                     f"{path.parent} holds another run ({key} is {was} there, {now} here); choose another --out"
                 )
-        slots = [slot for slot in dict.fromkeys(name.partition("/")[0] for name in state) if slot not in ("param", "ema")]
         for name, p in params.items():
             p.copy_(state[f"param/{name}"])
             if ema is not None:
                 ema[name].copy_(state[f"ema/{name}"])
+            slots = ("step", "exp_avg", "exp_avg_sq")  # none before the first step
             found = {slot: state[f"{slot}/{name}"] for slot in slots if f"{slot}/{name}" in state}
             # Moments take the memory layout of their parameter, which fused optimizers need.
             optimizer.state[p] = {

@@ -34,12 +34,12 @@ def neon(*argv) -> str:
     return out.getvalue()
 
 
-def error_of(*argv) -> str:
-    """Run a command that must fail as users should see it: one line, status 1, nothing on stdout; the line."""
+def error_of(*argv, prints: bool = False) -> str:
+    """Run a command that must fail as users should see it: one line, status 1; the line. prints: results before it."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit:
         main(words(argv))
-    assert exit.value.code == 1 and not out.getvalue()
+    assert exit.value.code == 1 and bool(out.getvalue()) == prints
     assert err.getvalue().startswith("error: ") and err.getvalue().count("\n") == 1
     return err.getvalue().strip()
 

@@ -130,7 +130,7 @@ def test_what_cannot_be_made(mini, tmp_path):
     metadata = edm.family.metadata(edm.family.load(mini.base, device="cpu"))
     save_safetensors(tmp_path / "nan.safetensors", state, metadata)
     nan = [*command(mini, tmp_path / "S"), "--model", tmp_path / "nan.safetensors"]
-    assert error_of(*nan) == f"error: {broken}: not finite in the base"
+    assert error_of(*nan) == f"error: {tmp_path / 'nan.safetensors'}: {broken} is not finite"
     assert "every seed once" in error_of(*command(mini, tmp_path / "S", seeds="1,2,1"))
     assert "num_steps must be at least 1" in error_of(*command(mini, tmp_path / "S", num_steps=0))
     assert not list(tmp_path.glob("S/*/*"))

@@ -91,6 +91,33 @@ def test_every_image_is_seen_once_per_epoch(tmp_path):
     assert sorted(seen[:16]) == sorted(seen[16:]) == list(range(16)) and seen[:16] != seen[16:]
 
 
+class Pretended(World):
+    """One of several processes, whose others never answer."""
+
+    def average(self, tensors):
+        pass
+
+    def barrier(self):
+        pass
+
+
+def test_processes_share_images_and_no_noise(tmp_path):
+    seen, drawn, dropped = [], [], []
+
+    def loss(model, images, labels, generator):
+        seen.extend(images.flatten().tolist())
+        drawn.append(torch.rand((), generator=generator).item())
+        dropped.append(torch.rand(()).item())
+        return model.a**2
+
+    for rank in range(2):
+        family, model = toy(None, a=1.0)
+        family.loss = loss
+        train(family, model, Numbers(16), replace(PLAIN, budget=16), tmp_path / str(rank), world=Pretended(rank, 2))
+    assert len(seen) == 16 and sorted(seen) == list(range(16))
+    assert len({*drawn, *dropped}) == 2 * 2 * 2  # two ranks, two steps, two kinds of noise
+
+
 def test_clipping_and_what_the_log_says(tmp_path):
     """With eps = 1 the first step of Adam is −lr g / (|g| + 1), so the norm of g shows."""
     family, model = toy(lambda model, images: 30 * model.a + 40 * model.b, a=0.0, b=0.0)

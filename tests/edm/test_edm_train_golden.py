@@ -40,7 +40,7 @@ def test_four_steps(tmp_path):
         labels = torch.eye(10)[k : k + 4]
         return loss_map(net, augmented, labels, augment_labels, level, noise).sum() / len(images)
 
-    family = SimpleNamespace(loss=loss, weights=lambda model: model, metadata=lambda model: {})
+    family = SimpleNamespace(check=lambda *_: None, loss=loss, weights=lambda model: model, metadata=lambda model: {})
     net = tiny_net("cond")
     snapshots = train(family, net, Blank(), RECIPE, tmp_path, world=World())
     assert [path.name for path in snapshots] == [f"snapshot-{n:09d}.safetensors" for n in (4, 8, 12, 16)]
