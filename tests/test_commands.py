@@ -328,9 +328,7 @@ def test_two_processes_that_fail(mini, tmp_path):
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         f"error: {tmp_path / 'gone.safetensors'}: no such file"
     ]
-    assert "Traceback (most recent call last):\n  File" not in done.stderr.partition("ChildFailedError")[0] or (
-        "neon/" not in done.stderr
-    )
+    assert "NeonError" not in done.stderr and "/neon/" not in done.stderr  # torchrun's own report is another matter
 
 
 def test_interrupt(mini, tmp_path):

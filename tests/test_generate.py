@@ -1,6 +1,7 @@
 """The synthetic set: the same files however they were made, and no other set overwritten."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +135,29 @@ def test_what_cannot_be_made(mini, tmp_path):
     assert "every seed once" in error_of(*command(mini, tmp_path / "S", seeds="1,2,1"))
     assert "num_steps must be at least 1" in error_of(*command(mini, tmp_path / "S", num_steps=0))
     assert not list(tmp_path.glob("S/*/*"))
+
+
+def test_no_image_is_half_written(tmp_path, monkeypatch):
+    """The disk is full in the middle of the third image."""
+    whole, left = Path.write_bytes, iter(range(2))
+
+    def write_bytes(path, data):
+        whole(path, data if next(left, None) is not None else data[:20])
+        if len(path.read_bytes()) == 20:
+            raise OSError(28, "No space left on device", str(path))
+
+    def sample(seeds, labels):
+        return torch.zeros(len(seeds), 1, 2, 2, dtype=torch.uint8)
+
+    def make():
+        generate(sample, torch.arange(4), None, tmp_path / "S", identity={}, batch=1, world=World())
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(Path, "write_bytes", write_bytes)
+        make()
+    assert sorted(files(tmp_path / "S")) == ["00000/img00000000.png", "00000/img00000001.png", "generate.json"]
+    make()
+    assert len(ImageSet(tmp_path / "S").images(range(4))) == 4
 
 
 def test_an_error_keeps_what_is_made(tmp_path):

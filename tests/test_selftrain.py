@@ -39,7 +39,7 @@ def images_in(state):
 class Numbers:
     """A data set whose 'images' are the numbers 0 … n − 1."""
 
-    labels = None
+    labels, shape = None, ()
 
     def __init__(self, n):
         self.n = n
@@ -57,6 +57,7 @@ def toy(loss, **parameters):
     for name, value in parameters.items():
         model.register_parameter(name, torch.nn.Parameter(torch.tensor(value)))
     family = SimpleNamespace(
+        check=lambda model, shape, labels: None,
         loss=lambda model, images, labels, generator: loss(model, images.float()),
         weights=lambda model: model,
         metadata=lambda model: {},
@@ -128,16 +129,30 @@ def test_clipping_and_what_the_log_says(tmp_path):
     assert row == {"images": 8, "loss": 0.0, "grad_norm": pytest.approx(50.0), "lr": 0.1}
 
 
+def test_long_runs_log_a_hundred_means(tmp_path):
+    losses = []
+
+    def loss(model, images):
+        losses.append(images.mean().item())
+        return model.a * 0 + losses[-1]
+
+    family, model = toy(loss, a=1.0)
+    train(family, model, Numbers(16), replace(PLAIN, budget=8 * 400, snapshot=8 * 400), tmp_path, world=ALONE)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in log] == list(range(32, 3201, 32))
+    assert [row["loss"] for row in log] == pytest.approx(torch.tensor(losses).view(100, 4).mean(1).tolist())
+
+
 def test_cleaned_gradients(tmp_path):
-    """NaN → 0, ∞ → 1e5, so that Adam moves the one by nothing and the other by lr."""
+    """NaN → 0, ∞ → 1e5: Adam with eps = 1e5 moves the one by nothing and the other by half of lr."""
 
     def loss(model, images):
         return model.a.sqrt() + (model.b * 0).sqrt() - model.c.sqrt() + model.d
 
-    recipe = replace(PLAIN, budget=8, snapshot=8, clean_grads=True)
+    recipe = replace(PLAIN, budget=8, snapshot=8, eps=1e5, clean_grads=True)
     family, model = toy(loss, a=0.0, b=1.0, c=0.0, d=0.0)
     train(family, model, Numbers(16), recipe, tmp_path / "cleaned", world=ALONE)
-    assert [p.item() for p in model.parameters()] == pytest.approx([-0.1, 1.0, 0.1, -0.1], rel=1e-6)
+    assert [p.item() for p in model.parameters()] == pytest.approx([-0.05, 1.0, 0.05, -1e-6], rel=1e-4)
 
     family, model = toy(loss, a=0.0, b=1.0, c=0.0, d=0.0)
     with pytest.raises(NeonError, match=r"^a is not finite after 8 images; there is no snapshot yet$"):
@@ -224,9 +239,10 @@ def test_interruption_changes_nothing(mini, tmp_path, changes):
         train(family, model, data, recipe, tmp_path / out, world=ALONE, seed=seed, save_every=128)
 
     run(edm.family, "whole")
-    for steps in (1, 3, 4, 2):  # dies before the first saved step, and between later ones
+    for steps, saved in ((1, 0), (3, 128), (4, 384), (2, 512)):  # a state is saved every second step
         with pytest.raises(Killed):
             run(dying_after(steps), "broken")
+        assert images_in(tmp_path / "broken" / "state.safetensors") == saved
     run(edm.family, "broken")
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
 

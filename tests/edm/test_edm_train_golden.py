@@ -20,7 +20,7 @@ RECIPE = Recipe(batch=4, lr=1e-3, budget=16, snapshot=4, ramp=16, ema_halflife=5
 class Blank:
     """Four images' worth of data: the stored draws stand for the images too."""
 
-    labels = None
+    labels, shape = None, ()
 
     def __len__(self):
         return 4
