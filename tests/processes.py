@@ -64,12 +64,13 @@ def ranks(n: int, *argv) -> list:
     return [start(*argv, RANK=str(i), LOCAL_RANK=str(i), **meet) for i in range(n)]
 
 
-def kill_when(condition, *processes, timeout: float = 60) -> None:
-    """SIGKILL the processes as soon as condition() holds; they must all have been running."""
+def kill_when(condition, *processes, delay: float = 0, timeout: float = 60) -> None:
+    """SIGKILL the processes as soon as condition() holds, or so many seconds later; they must all have been running."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert all(process.is_alive() for process in processes) and time.monotonic() < deadline
         time.sleep(0.002)
+    time.sleep(delay)
     for process in processes:
         process.kill()
     for process in processes:

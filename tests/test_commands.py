@@ -344,7 +344,7 @@ def test_interrupt(mini, tmp_path):
     sent = time.monotonic()
     printed, complained = process.communicate(timeout=30)
     assert process.returncode == 130 and not printed and not complained
-    assert time.monotonic() - sent < 5
+    assert time.monotonic() - sent < 15
     assert not list(out.glob(".*"))
     with open_weights(out / "state.safetensors") as state:
         assert 128 <= int(state.metadata["images"]) < 640_000

@@ -286,15 +286,11 @@ def test_sigkill_at_any_moment(mini, tmp_path):
     out, moments = tmp_path / "broken", random.Random(0)
     state, partial = out / "state.safetensors", out / ".state.safetensors.partial"
     kill_when(state.exists, start(*selftrain(mini, out, **command)))
-    for _ in range(2):
-        before = images_in(state)
+    for images in (128, 384, 640):
         process = start(*selftrain(mini, out, **command))
-        kill_when(lambda before=before: images_in(state) > before, process)
-        process = start(*selftrain(mini, out, **command))
-        time.sleep(moments.uniform(0.2, 0.5))
-        kill_when(lambda: True, process)
+        kill_when(lambda n=images: images_in(state) >= n, process, delay=moments.uniform(0, 0.02))
     kill_when(partial.exists, start(*selftrain(mini, out, **command)))  # while the state is written
-    assert 128 <= images_in(state) < 2048
+    assert 640 <= images_in(state) < 2048
     finish(start(*selftrain(mini, out, **command)))
     whole, broken = files(tmp_path / "whole"), files(out)
     assert len([name for name in whole if name.startswith("snapshot-")]) == 8
