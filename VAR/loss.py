@@ -1,0 +1,35 @@
+"""Training objectives. Codes come from the frozen VQVAE: ids = vqvae.encode(images)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from VAR.transformer import Transformer
+from VAR.vqvae import VQVAE, Quantizer
+
+
+def code_loss(
+    transformer: Transformer,
+    quantizer: Quantizer,
+    ids: Tensor,
+    labels: Tensor,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Mean cross-entropy over all codes of all scales; ids (B, L), labels (B,) int64 → float32 scalar."""
+    logits = transformer(labels, quantizer.teacher_input(ids), generator)
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
+def vqvae_loss(vqvae: VQVAE, images: Tensor) -> Tensor:
+    """Squared reconstruction error plus the quantizer's loss; images (B, C, S, S) float in [−1, 1] → scalar."""
+    reconstruction, quantizer_loss = vqvae(images)
+    return F.mse_loss(reconstruction, images) + quantizer_loss
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW groups for training from scratch: matrices decay; biases, gains and position tables do not."""
+    exempt = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul")
+    decayed, kept = [], []
+    for name, p in model.named_parameters():
+        (kept if p.ndim < 2 or any(part in name for part in exempt) else decayed).append(p)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
