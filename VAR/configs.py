@@ -1,6 +1,9 @@
-"""What distinguishes one VAR from another. One Config describes the transformer and its VQVAE."""
+"""Named networks and recipes. One Config describes a transformer and its VQVAE."""
 
+import json
 from dataclasses import dataclass
+
+from neon.family import Recipe
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class Config:
     channels: int = 160
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     groups: int = 32
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()})
 
     @property
     def tokens(self) -> int:
@@ -57,4 +64,19 @@ CONFIGS = {
     ),
     # 64×64 images, for tests
     "tiny": Config((1, 2, 3, 4), 3, 64, 4, classes=10, label_drop=0.0, vocab=64, code_channels=8, channels=32),
+}
+
+# The learning rate rises over the whole run and never reaches a plateau. No weight decay (--twd of the original has no
+# effect), no average.
+FINETUNE = {
+    "optimizer": "adamw",
+    "betas": (0.9, 0.95),
+    "clip": 2.0,
+    "precision": "float16",
+    "loss": {"enlarge": 1.125},
+}
+
+RECIPES = {
+    "d16_256": Recipe(**FINETUNE, batch=768, lr=1e-5, budget=7_500_000, snapshot=250_000, ramp=7_500_000),
+    "d36_512": Recipe(**FINETUNE, batch=24, lr=1e-6, budget=3_001_000, snapshot=200_000, ramp=3_001_000),
 }

@@ -24,12 +24,3 @@ def vqvae_loss(vqvae: VQVAE, images: Tensor) -> Tensor:
     """Squared reconstruction error plus the quantizer's loss; images (B, C, S, S) float in [−1, 1] → scalar."""
     reconstruction, quantizer_loss = vqvae(images)
     return F.mse_loss(reconstruction, images) + quantizer_loss
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW groups for training from scratch: matrices decay; biases, gains and position tables do not."""
-    exempt = ("pos_start", "pos_1LC", "lvl_embed", "ada_gss", "scale_mul")
-    decayed, kept = [], []
-    for name, p in model.named_parameters():
-        (kept if p.ndim < 2 or any(part in name for part in exempt) else decayed).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

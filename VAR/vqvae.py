@@ -41,7 +41,6 @@ class Quantizer(nn.Module):
         self.quant_resi = nn.ModuleDict({"qresi_ls": nn.ModuleList(convolutions)})
         self.embedding = nn.Embedding(vocab, channels)
         nn.init.uniform_(self.embedding.weight, -1 / vocab, 1 / vocab)  # small: a wide start leaves codes unused
-        self.register_load_state_dict_pre_hook(_ignore_other_statistics)
 
     def nearest(self, z: Tensor) -> Tensor:
         """Index of the code closest to each vector; (…, c) → (…) int64."""
@@ -129,10 +128,3 @@ class VQVAE(nn.Module):
         f_hats = [f_hat for _, f_hat in self.quantize.stages(f)]
         losses = [F.mse_loss(f_hat, f.detach()) + 0.25 * F.mse_loss(f, f_hat.detach()) for f_hat in f_hats]
         return self.decode_latent(f + (f_hats[-1] - f).detach()), torch.stack(losses).mean()
-
-
-def _ignore_other_statistics(module, state, prefix, *_):
-    """A checkpoint made for another number of scales has statistics of another shape; they are not used."""
-    name = prefix + "ema_vocab_hit_SV"
-    if name in state and state[name].shape != module.ema_vocab_hit_SV.shape:
-        state[name] = state[name].new_zeros(module.ema_vocab_hit_SV.shape)

@@ -13,7 +13,7 @@ from fill import fill_parameters, inputs
 
 from neon.sampling import Streams
 from VAR.configs import CONFIGS
-from VAR.loss import code_loss, parameter_groups
+from VAR.loss import code_loss
 from VAR.sampler import filter_logits, sample, sample_codes, to_uint8
 from VAR.transformer import Transformer
 from VAR.vqvae import VQVAE, Quantizer, phi_table
@@ -215,12 +215,3 @@ def test_three_steps_of_fine_tuning():
     assert list(before) == expected["names"]
     moved = torch.stack([(p - before[name]).double().norm() for name, p in model.named_parameters()])
     close(moved, expected["delta_norms"], rtol=1e-3)
-
-
-def test_which_parameters_decay():
-    expected, model = golden("train3"), transformer()
-    decayed, kept = parameter_groups(model, 0.05)
-    decayed_ids = {id(p) for p in decayed["params"]}
-    assert [float(id(p) in decayed_ids) for p in model.parameters()] == expected["decay_group"].tolist()
-    assert len(decayed["params"]) + len(kept["params"]) == len(expected["names"])
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
