@@ -94,10 +94,10 @@ RECIPES = {
     ),
     "digits": Recipe(
         batch=64,
-        lr=1e-4,
-        budget=12_800,
+        lr=5e-5,
+        budget=6_400,
         snapshot=6_400,
-        ramp=12_800,
+        ramp=6_400,
         optimizer="adamw",
         betas=(0.9, 0.95),
         clip=2.0,

@@ -24,7 +24,7 @@ from VAR.sampler import to_uint8
 from VAR.transformer import Transformer
 from VAR.vqvae import VQVAE
 
-__all__ = ["create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
+__all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
 
 name = "var"
 RELEASED_VQVAE = "vae_ch160v4096z32.pth"
@@ -95,7 +95,10 @@ def load(
     """
     with open_weights(path) as weights:
         recorded = weights.metadata.get("config")
-        config = Config.from_json(recorded) if recorded else config_of(weights, path)
+        try:
+            config = Config.from_json(recorded) if recorded else config_of(weights, path)
+        except (ValueError, TypeError) as error:
+            raise NeonError(f"{path}: no VAR checkpoint ({error})") from None
         config = dataclasses.replace(config, **options)
         vae_file = find_vqvae(vae_ckpt, path, weights.metadata.get("vae", ""))
         if recorded and sha256(vae_file) != weights.metadata["vae_sha256"]:
@@ -164,6 +167,17 @@ def sample(model: VAR, seeds: torch.Tensor, labels: torch.Tensor | None, **kappa
     return to_uint8(images)
 
 
+def check(model: VAR, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
+    """Raises NeonError if the model cannot be trained on images of that (C, H, W) and labels."""
+    config = model.config
+    if tuple(shape) != (wanted := (config.image_channels, config.image_side, config.image_side)):
+        raise NeonError(f"images are {tuple(shape)}, this VAR is trained on {wanted}")
+    if labels is None:
+        raise NeonError("VAR is trained on labelled images; the set has no labels")
+    if not 0 <= labels.min() <= labels.max() < config.classes:
+        raise NeonError(f"labels must lie in 0…{config.classes - 1}, the set has {labels.min()}…{labels.max()}")
+
+
 def loss(
     model: VAR,
     images: torch.Tensor,
@@ -172,11 +186,6 @@ def loss(
     enlarge: float = 1.0,
 ) -> torch.Tensor:
     """Mean cross-entropy of the images' codes. enlarge: train on random crops of images enlarged by this factor."""
-    config = model.config
-    if labels is None:
-        raise NeonError("VAR is trained on labelled images; the set has no labels")
-    if images.shape[1:] != (wanted := (config.image_channels, config.image_side, config.image_side)):
-        raise NeonError(f"images are {tuple(images.shape[1:])}, this VAR is trained on {wanted}")
     if enlarge > 1:
         images = enlarged_crops(images, enlarge, generator)
     ids = model.vqvae.encode(images.float() / 127.5 - 1)

@@ -1,4 +1,4 @@
-"""Train VAR's tokenizer on the digits: reconstruction plus the quantizer's loss. One for all seeds, as published ones are."""
+"""Train VAR's tokenizer on the digits: reconstruction plus the quantizer's loss. All seeds share it, as models do."""
 
 import argparse
 from pathlib import Path
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     model = VQVAE(CONFIGS["digits"])
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    for step in range(args.steps):
+    for _ in range(args.steps):
         loss = vqvae_loss(model, train[torch.randint(len(train), (args.batch,))])
         optimizer.zero_grad()
         loss.backward()
@@ -38,4 +38,5 @@ if __name__ == "__main__":
         error = (model.decode(ids) - heldout).square().mean().sqrt() * 127.5
     used = ids.unique().numel()
     save_safetensors(args.out, model.state_dict())
-    print(f"held-out digits: error {error:.1f} of 255 levels (r.m.s.), {used} of {model.quantize.embedding.num_embeddings} codes used")
+    codes = model.quantize.embedding.num_embeddings
+    print(f"held-out digits: error {error:.1f} of 255 levels (r.m.s.), {used} of {codes} codes used")

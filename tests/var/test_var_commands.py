@@ -235,7 +235,7 @@ def training(checkout, out):
 def test_self_training_goes_on(checkout, tmp_path):
     neon(*training(checkout, tmp_path / "whole"))
     killed = start(*training(checkout, tmp_path / "killed"))
-    kill_when(lambda: (tmp_path / "killed" / "state.safetensors").exists(), killed)
+    kill_when(lambda: (tmp_path / "killed" / "snapshot-000000016.safetensors").exists(), killed)
     finish(start(*training(checkout, tmp_path / "killed")))
     for images in (16, 32, 48):
         whole, resumed = (

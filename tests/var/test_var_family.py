@@ -208,11 +208,13 @@ def test_all_randomness_comes_from_the_generator(pair):
 
 
 def test_images_that_cannot_be_trained_on(model):
-    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    family.check(model, (3, 64, 64), torch.arange(10))
     with pytest.raises(NeonError, match="no labels"):
-        family.loss(model, images, None, torch.Generator())
+        family.check(model, (3, 64, 64), None)
     with pytest.raises(NeonError, match=r"images are \(1, 64, 64\), this VAR is trained on \(3, 64, 64\)"):
-        family.loss(model, images[:, :1], torch.zeros(2, dtype=torch.int64), torch.Generator())
+        family.check(model, (1, 64, 64), torch.arange(10))
+    with pytest.raises(NeonError, match=r"labels must lie in 0…9, the set has 0…10"):
+        family.check(model, (3, 64, 64), torch.arange(11))
 
 
 @pytest.mark.parametrize("size, enlarged", [(64, 72), (256, 288), (17, 19)])
