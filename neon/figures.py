@@ -131,6 +131,7 @@ def landscape(
 def asymptotes(search: pd.DataFrame, weights: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)) -> Figure:
     """Fig. 6, right: precision and recall against γ, a line per w, 95 % bands over seeds. search: of one setting."""
     fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.8), layout="constrained")
+    weights = [w for w in weights if (search["w"] == w).any()]
     colours = plt.get_cmap("viridis")(np.linspace(0.85, 0.1, len(weights)))
     for ax, metric in zip(axes, ("precision", "recall")):
         for colour, w in zip(colours, weights):
