@@ -116,11 +116,11 @@ def landscape(
             )
             fig.colorbar(shown, ax=ax, extend="max" if low_is_good else "neither")
             place = {name: i for i, name in enumerate(table.columns)}, {name: i for i, name in enumerate(table.index)}
-            ax.plot(place[0][0.0], place[1][base_cfg], "x", color="white", ms=9, mew=2.5)
+            ax.plot(place[0][0.0], place[1][base_cfg], "X", color="white", ms=9, mec="black")
             ax.plot(place[0][best_w], place[1][best_cfg], "*", color="crimson", ms=14, mec="white")
             ax.set_xticks(range(len(table.columns)), [f"{w:g}" for w in table.columns], fontsize=8)
             ax.set_yticks(range(len(table.index)), [f"{cfg:g}" for cfg in table.index], fontsize=8)
-            ax.set_title(LABELS.get(metric, metric), fontsize=9)
+            ax.set_title(LABELS.get(metric, metric), loc="left", fontsize=9)
         line[0].set_title((titles or {}).get(setting, setting) + ": FID", loc="left", fontsize=9)
         line[0].set_ylabel("guidance γ")
     for ax in axes[-1]:
