@@ -53,6 +53,11 @@ class Sampling:
     solver: Literal["heun", "euler"] = "heun"
 
 
+@dataclass(frozen=True)
+class Loading:
+    """Nothing beside the checkpoint."""
+
+
 def is_buffer(tensor_name: str) -> bool:
     return tensor_name.endswith(".resample_filter")
 

@@ -9,7 +9,7 @@ import yaml
 from neon.io import atomic
 from neon.report import final_table, markdown, read_rows, summarise
 
-CURVES = ["family", "setting", "seed", "w", "budget", "fid", "fid_se", "precision", "recall", "n"]
+CURVES = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se", "precision", "recall", "n"]
 
 
 def files(roots: list[Path], kind: str) -> dict[Path, dict]:
@@ -34,8 +34,8 @@ if __name__ == "__main__":
     settings = summarise(final)
     headline = settings["setting"].isin([next(iter(s)) for s in families.values()])  # a family's first setting
     tables = {
-        "search.csv": search[CURVES].to_csv(index=False, float_format="%.5g"),
-        "final.csv": final[["role", *CURVES]].to_csv(index=False, float_format="%.5g"),
+        "search.csv": search.reindex(columns=CURVES).to_csv(index=False, float_format="%.5g"),
+        "final.csv": final.reindex(columns=["role", *CURVES]).to_csv(index=False, float_format="%.5g"),
         "settings.csv": settings.to_csv(index=False, float_format="%.5g"),
         "summary.csv": settings[headline].drop(columns="setting").to_csv(index=False, float_format="%.5g"),
         "table.md": markdown(final_table(final)),

@@ -47,9 +47,9 @@ def fail(error: str) -> typing.NoReturn:
     sys.exit(1)
 
 
-def family_script(command: str, family: str) -> None:
-    """What edm/selftrain.py and its like run: `neon COMMAND --family FAMILY …`."""
-    main([command, "--family", family, *sys.argv[1:]])
+def family_script(command: str, family: str, *defaults: str) -> None:
+    """What edm/selftrain.py and its like run: `neon COMMAND --family FAMILY …`; defaults precede the user's words."""
+    main([command, "--family", family, *defaults, *sys.argv[1:]])
 
 
 def _peek_family(argv: list[str]):
@@ -158,11 +158,19 @@ def add_inference(p: argparse.ArgumentParser, family) -> None:
     add_device(p)
     p.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the network (default %(default)s)")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
-    options = p.add_argument_group(f"sampling options of {family.name}")
-    for field in dataclasses.fields(family.Sampling):
+    _add_fields(p.add_argument_group(f"sampling options of {family.name}"), family.Sampling)
+    _add_fields(p, family.Loading)
+
+
+def _add_fields(p, options: type) -> None:
+    """One option per field of a dataclass."""
+    for field in dataclasses.fields(options):
         choices = typing.get_args(field.type) or None
-        kind = str if choices else field.type
-        options.add_argument(f"--{field.name}", type=kind, choices=choices, default=field.default, help="%(default)s")
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": str if choices else field.type, "choices": choices}
+        p.add_argument(f"--{field.name}", **how, default=field.default, help="%(default)s")
 
 
 def add_metrics(p: argparse.ArgumentParser) -> None:
@@ -181,6 +189,8 @@ def _add_training(p: argparse.ArgumentParser, family) -> None:
     p.add_argument("--seed", type=natural, default=0)
     p.add_argument("--micro_batch", type=count, help="images per forward pass and process")
     p.add_argument("--save_every", type=count, help="images between saved states (default: at snapshots)")
+    if family:
+        _add_fields(p, family.Loading)
     changes = p.add_argument_group("changes to the recipe")
     for name, kind in (("batch", count), ("lr", rate), ("budget", count), ("snapshot", count), ("ramp", natural)):
         changes.add_argument(f"--{name}", type=kind)
@@ -235,6 +245,11 @@ def kappa(args, family) -> dict:
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(family.Sampling)}
 
 
+def loading(args, family) -> dict:
+    """The family's options of load and create among the arguments."""
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(family.Loading)}
+
+
 def run_merge(args) -> None:
     from neon.checkpoint import open_weights, write_weights
     from neon.family import get_family
@@ -287,11 +302,11 @@ def run_train(args) -> None:
     data = ImageSet(args.data)
     with world(args.device, args.tf32) as here:
         if hasattr(args, "base"):
-            model = family.load(args.base, device=here.device, **recipe.network)
+            model = family.load(args.base, device=here.device, **recipe.network, **loading(args, family))
             origin = {"base": sha256(args.base)}
         else:
             torch.manual_seed(args.seed)
-            model = family.create(args.network, device=here.device, **recipe.network)
+            model = family.create(args.network, device=here.device, **recipe.network, **loading(args, family))
             origin = {"network": args.network}
         if (record := Path(args.data, "generate.json")).exists():
             origin["data"] = sha256(record)
@@ -311,7 +326,9 @@ def run_generate(args) -> None:
 
     family, seeds = get_family(args.family), parse_seeds(args.seeds)
     with world(args.device, args.tf32) as here:
-        model = Candidates(family, args.model, here.device, args.precision, args.compile).load(None, 0.0)
+        model = Candidates(family, args.model, here.device, args.precision, args.compile, **loading(args, family)).load(
+            None, 0.0
+        )
         options = kappa(args, family)
         identity = {"model": sha256(args.model), "seeds": args.seeds, "precision": args.precision, **options}
         generate(
@@ -350,7 +367,7 @@ def run_evaluate(args) -> None:
     family = get_family(args.family)
     with world(args.device, args.tf32) as here:
         evaluation = _evaluation(args, here)
-        candidates = Candidates(family, args.base, here.device, args.precision, args.compile)
+        candidates = Candidates(family, args.base, here.device, args.precision, args.compile, **loading(args, family))
         result = measure(
             candidates, evaluation, kappa(args, family), Point(args.selftrained and str(args.selftrained), args.w)
         )
@@ -377,7 +394,7 @@ def run_search(args) -> None:
         rows = Rows(args.out, write=here.rank == 0)
         rows.rows = here.gather(rows.rows)[0]  # ranks must agree on what is left to do
         score = scorer(
-            Candidates(family, args.base, here.device, args.precision, args.compile),
+            Candidates(family, args.base, here.device, args.precision, args.compile, **loading(args, family)),
             evaluation,
             kappa(args, family),
             rows,
@@ -395,7 +412,7 @@ def _grid_option(text: str, family) -> tuple[str, list]:
     from neon.search import parse_grid
 
     name, _, values = text.partition("=")
-    fields = {field.name: field for field in dataclasses.fields(family.Sampling)}
+    fields = {field.name: field for field in dataclasses.fields(family.Sampling) if field.type is not bool}
     if name not in fields or not values:
         raise NeonError(f"not a grid over a sampling option: {text!r} (write OPTION=GRID; know {', '.join(fields)})")
     kind = fields[name].type
@@ -422,7 +439,7 @@ def run_final(args) -> None:
     points = final_points(searched, [field.name for field in dataclasses.fields(family.Sampling)])
     with world(args.device, args.tf32) as here:
         evaluation, options = _evaluation(args, here), kappa(args, family)
-        candidates = Candidates(family, args.base, here.device, args.precision, args.compile)
+        candidates = Candidates(family, args.base, here.device, args.precision, args.compile, **loading(args, family))
         rows = Rows(args.out, write=here.rank == 0)
         rows.rows = here.gather(rows.rows)[0]
         measured: dict = {}

@@ -10,7 +10,7 @@ import torch
 
 from neon import NeonError
 
-FAMILIES = {"edm": "edm.family"}
+FAMILIES = {"edm": "edm.family", "var": "VAR.family"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Family(Protocol):
     networks: Mapping[str, Mapping[str, object]]  # named constructor options
     recipes: Mapping[str, Recipe]
     Sampling: type  # frozen dataclass of the sampling options κ; its fields are the command-line options
+    Loading: type  # frozen dataclass: options of load and create that name further files, also on the command line
     is_buffer: Callable[[str], bool]  # names in a state dict that are never merged
 
     def create(self, config: str, *, device, **options) -> torch.nn.Module:

@@ -18,7 +18,7 @@ def w_curves(
     """Fig. 4: each metric against w, one row of panels per setting, one line per budget B, 95 % bands over seeds.
 
     search: columns setting, seed, w, budget and the metrics. The star marks the lowest mean FID of a setting; w = 0,
-    the base, belongs to every line.
+    the base, belongs to every line. Where guidance was searched, too (a column cfg), it stays at its value at the star.
     """
     settings = list(search["setting"].unique())
     size = (3.4 * len(metrics), 2.5 * len(settings) + 0.4)
@@ -27,6 +27,8 @@ def w_curves(
     )
     for line, setting in zip(axes, settings):
         rows = search[search["setting"] == setting]
+        if "cfg" in rows and rows["cfg"].notna().any():
+            rows = rows[rows["cfg"] == rows.groupby(["budget", "w", "cfg"])["fid"].mean().idxmin()[2]]
         base, budgets = rows[rows["w"] == 0], sorted(set(rows["budget"]) - {0})
         mean = rows.groupby(["budget", "w"])["fid"].mean()
         best_budget, best_w = mean.idxmin()
@@ -88,4 +90,58 @@ def before_after(final: pd.DataFrame, titles: dict[str, str] | None = None) -> F
         ax.set_ylim(bottom=0)
         ax.set_ylabel("FID")
         ax.grid(alpha=0.25)
+    return fig
+
+
+def landscape(
+    search: pd.DataFrame, metrics: Sequence[str] = ("fid", "precision", "recall"), titles: dict[str, str] | None = None
+) -> Figure:
+    """Fig. 6: mean of each metric over the (w, γ) plane, one row of panels per setting.
+
+    search: columns setting, seed, w, cfg and the metrics. Crosses mark the best γ of the base, stars the best (w, γ).
+    """
+    settings = list(search["setting"].unique())
+    size = (3.6 * len(metrics), 2.7 * len(settings))
+    fig, axes = plt.subplots(len(settings), len(metrics), figsize=size, squeeze=False, layout="constrained")
+    for line, setting in zip(axes, settings):
+        mean = search[search["setting"] == setting].groupby(["cfg", "w"])[list(metrics)].mean()
+        best_cfg, best_w = mean["fid"].idxmin()
+        base_cfg = mean["fid"].xs(0.0, level="w").idxmin()
+        for ax, metric in zip(line, metrics):
+            table = mean[metric].unstack("w")
+            low_is_good = metric == "fid"
+            limits = {"vmax": 4 * table.to_numpy().min()} if low_is_good else {}  # far away everything is bad
+            shown = ax.imshow(
+                table, origin="lower", aspect="auto", cmap="viridis_r" if low_is_good else "viridis", **limits
+            )
+            fig.colorbar(shown, ax=ax, extend="max" if low_is_good else "neither")
+            place = {name: i for i, name in enumerate(table.columns)}, {name: i for i, name in enumerate(table.index)}
+            ax.plot(place[0][0.0], place[1][base_cfg], "X", color="white", ms=9, mec="black")
+            ax.plot(place[0][best_w], place[1][best_cfg], "*", color="crimson", ms=14, mec="white")
+            ax.set_xticks(range(len(table.columns)), [f"{w:g}" for w in table.columns], fontsize=8)
+            ax.set_yticks(range(len(table.index)), [f"{cfg:g}" for cfg in table.index], fontsize=8)
+            ax.set_title(LABELS.get(metric, metric), loc="left", fontsize=9)
+        line[0].set_title((titles or {}).get(setting, setting) + ": FID", loc="left", fontsize=9)
+        line[0].set_ylabel("guidance γ")
+    for ax in axes[-1]:
+        ax.set_xlabel("merge weight w")
+    return fig
+
+
+def asymptotes(search: pd.DataFrame, weights: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)) -> Figure:
+    """Fig. 6, right: precision and recall against γ, a line per w, 95 % bands over seeds. search: of one setting."""
+    fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.8), layout="constrained")
+    weights = [w for w in weights if (search["w"] == w).any()]
+    colours = plt.get_cmap("viridis")(np.linspace(0.85, 0.1, len(weights)))
+    for ax, metric in zip(axes, ("precision", "recall")):
+        for colour, w in zip(colours, weights):
+            curve = search[search["w"] == w].groupby("cfg")[metric]
+            points = curve.apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"])).unstack()
+            ax.plot(points.index, points["mean"], "o-", ms=3, color=colour, label=f"w = {w:g}")
+            low, high = points["mean"] - points["half"], points["mean"] + points["half"]
+            ax.fill_between(points.index, low, high, color=colour, alpha=0.15, lw=0)
+        ax.set_xlabel("guidance γ")
+        ax.set_ylabel(metric)
+        ax.grid(alpha=0.25)
+    axes[0].legend(fontsize=7)
     return fig

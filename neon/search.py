@@ -40,9 +40,10 @@ class Candidates:
         device: torch.device | str,
         precision: str = "float32",
         compile: bool = False,
+        **options,
     ):
         self.family, self.base_path, self.precision = family, Path(base), precision
-        self.model = family.load(base, device=device, precision=precision)
+        self.model = family.load(base, device=device, precision=precision, **options)
         if compile:
             self.model.compile()
         self._read = lru_cache(maxsize=1)(load_weights)

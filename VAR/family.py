@@ -1,0 +1,192 @@
+"""VAR as the method sees it (neon.family.Family): a transformer that is trained and a frozen VQVAE."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from neon import NeonError
+from neon.checkpoint import load_into, load_weights, open_weights
+from neon.family import named
+from neon.io import existing, sha256
+from neon.sampling import Streams
+from VAR.augment import enlarged_crops
+from VAR.configs import CONFIGS as networks
+from VAR.configs import RECIPES as recipes
+from VAR.configs import Config
+from VAR.loss import code_loss
+from VAR.sampler import sample as sample_images
+from VAR.sampler import to_uint8
+from VAR.transformer import Transformer
+from VAR.vqvae import VQVAE
+
+__all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
+
+name = "var"
+RELEASED_VQVAE = "vae_ch160v4096z32.pth"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options of the sampler; the defaults are those of the paper's evaluation of d16."""
+
+    cfg: float = 2.9  # guidance at the last scale; it grows from 0 at the first, and 0 is none
+    top_k: int = 900  # 0 keeps all codes
+    top_p: float = 0.95  # 0 keeps all
+    temperature: float = 1.0
+    more_smooth: bool = False  # nicer images, worse FID
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What load and create need beside the checkpoint."""
+
+    vae_ckpt: str = ""  # file of the VQVAE (default: looked for near the checkpoint)
+
+
+class VAR(nn.Module):
+    """The two networks, the file that the second came from, and the precision in which they sample."""
+
+    def __init__(self, config: Config, vae_file: Path, precision: str = "float32"):
+        super().__init__()
+        with torch.device("meta"):  # filled from files
+            self.transformer, self.vqvae = Transformer(config), VQVAE(config)
+        self.to_empty(device="cpu")
+        self.config, self.vae_file, self.precision = config, vae_file, precision
+        statistics = "quantize.ema_vocab_hit_SV"  # never read; of another shape if made for other scales
+        load_into(
+            self.vqvae, load_weights(vae_file) | {statistics: torch.zeros(len(config.sides), config.vocab)}, vae_file
+        )
+        self.eval().requires_grad_(False)
+
+    def compile(self, *args, **kwargs):
+        """The blocks, which are alike, so that one compilation serves all of them and every scale."""
+        for block in self.transformer.blocks:
+            block.compile(*args, dynamic=True, **kwargs)
+
+
+def is_buffer(tensor_name: str) -> bool:
+    return tensor_name.rpartition(".")[2] in ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
+
+
+def create(config: str, *, device: torch.device | str, vae_ckpt: str = "", **options) -> VAR:
+    """A new transformer, initialised from the global generator, beside a trained VQVAE.
+
+    Raises NeonError for an unknown configuration or if the VQVAE is not found.
+    """
+    config = dataclasses.replace(named(networks, config, "VAR network"), **options)
+    model = VAR(config, find_vqvae(vae_ckpt))
+    model.transformer = Transformer(config).eval()
+    return model.to(device)
+
+
+def load(
+    path: str | Path, *, device: torch.device | str, precision: str = "float32", vae_ckpt: str = "", **options
+) -> VAR:
+    """A model from an original .pth (flat, or a trainer's) or an own .safetensors, in eval mode.
+
+    precision: of the autocast in which sampling and decoding run. vae_ckpt: file of the VQVAE; default: the recorded
+    one, or one of the released name near the checkpoint (find_vqvae). options override fields of Config. Raises
+    NeonError if the file is of no known VAR, if its tensors do not fit, or if the VQVAE is missing or another one.
+    """
+    with open_weights(path) as weights:
+        recorded = weights.metadata.get("config")
+        try:
+            config = Config.from_json(recorded) if recorded else config_of(weights, path)
+        except (ValueError, TypeError) as error:
+            raise NeonError(f"{path}: no VAR checkpoint ({error})") from None
+        config = dataclasses.replace(config, **options)
+        vae_file = find_vqvae(vae_ckpt, path, weights.metadata.get("vae", ""))
+        if recorded and sha256(vae_file) != weights.metadata["vae_sha256"]:
+            raise NeonError(f"{vae_file}: not the VQVAE that {path} was trained with")
+        model = VAR(config, vae_file, precision)
+        load_into(model.transformer, weights, path)
+    return model.to(device)
+
+
+def config_of(weights, path: str | Path) -> Config:
+    """The named configuration with as many tokens and as wide as a released checkpoint."""
+    shape = weights.spec("pos_1LC")[1] if "pos_1LC" in weights else None
+    for config in networks.values():
+        if shape == (1, config.tokens, config.width):
+            return config
+    raise NeonError(f"{path}: not a checkpoint of a VAR known here ({', '.join(networks)})")
+
+
+def find_vqvae(given: str = "", checkpoint: str | Path | None = None, recorded: str = "") -> Path:
+    """The file of the VQVAE: the given one, or the first that exists among vqvae_places. Raises NeonError."""
+    if given:
+        return existing(given)
+    for place in vqvae_places(checkpoint, recorded):
+        if place.exists():
+            return place
+    if recorded and Path(recorded).name != RELEASED_VQVAE:
+        raise NeonError(f"{recorded}: no such file, and {checkpoint} needs this VQVAE; say where it is with --vae_ckpt")
+    fetch = f"hf download FoundationVision/var {RELEASED_VQVAE} --local-dir checkpoints"
+    raise NeonError(f"the VQVAE is missing; get it with `{fetch}`, or say where it is with --vae_ckpt")
+
+
+def vqvae_places(checkpoint: str | Path | None, recorded: str) -> Iterator[Path]:
+    """Where a VQVAE may lie: as recorded, from here or from a folder above the checkpoint; then the released name."""
+    above = list(Path(checkpoint).absolute().parents) if checkpoint else []
+    if recorded:
+        yield from (folder / recorded for folder in [Path(), *above])
+    near = [above[0]] if above else []
+    scripts = sorted(Path(__file__).parent.glob("*/pretrained"))
+    yield from (folder / RELEASED_VQVAE for folder in [*near, *scripts, Path("checkpoints")])
+
+
+def weights(model: VAR) -> Transformer:
+    return model.transformer
+
+
+def metadata(model: VAR) -> dict[str, str]:
+    return {
+        "config": json.dumps(dataclasses.asdict(model.config)),
+        "vae": str(model.vae_file),
+        "vae_sha256": sha256(model.vae_file),
+    }
+
+
+def labels(model: VAR, seeds: torch.Tensor) -> torch.Tensor:
+    """The classes in turn: balanced over any range of seeds, and fixed for each."""
+    return seeds % model.config.classes
+
+
+@torch.no_grad()
+def sample(model: VAR, seeds: torch.Tensor, labels: torch.Tensor | None, **kappa) -> torch.Tensor:
+    """uint8 (N, C, S, S); kappa: fields of Sampling. labels None: each image draws its class from its own stream."""
+    device = model.transformer.pos_start.device
+    dtype = getattr(torch, model.precision)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        images = sample_images(model.transformer, model.vqvae, labels, Streams(seeds, device), **kappa)
+    return to_uint8(images)
+
+
+def check(model: VAR, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
+    """Raises NeonError if the model cannot be trained on images of that (C, H, W) and labels."""
+    config = model.config
+    if tuple(shape) != (wanted := (config.image_channels, config.image_side, config.image_side)):
+        raise NeonError(f"images are {tuple(shape)}, this VAR is trained on {wanted}")
+    if labels is None:
+        raise NeonError("VAR is trained on labelled images; the set has no labels")
+    if not 0 <= labels.min() <= labels.max() < config.classes:
+        raise NeonError(f"labels must lie in 0…{config.classes - 1}, the set has {labels.min()}…{labels.max()}")
+
+
+def loss(
+    model: VAR,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    generator: torch.Generator,
+    enlarge: float = 1.0,
+) -> torch.Tensor:
+    """Mean cross-entropy of the images' codes. enlarge: train on random crops of images enlarged by this factor."""
+    if enlarge > 1:
+        images = enlarged_crops(images, enlarge, generator)
+    ids = model.vqvae.encode(images.float() / 127.5 - 1)
+    return code_loss(model.transformer, model.vqvae.quantize, ids, labels, generator)
