@@ -105,6 +105,8 @@ def sigma_schedule(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 
     """Noise levels from sigma_max to sigma_min, then 0: (num_steps + 1,) float64 (Karras et al. 2022, Eq. 5)."""
     if num_steps < 1:
         raise NeonError(f"num_steps must be at least 1, not {num_steps}")
+    if not (0 < sigma_min < sigma_max < math.inf and 0 < rho < math.inf):
+        raise NeonError(f"need 0 < sigma_min < sigma_max and rho > 0, not {sigma_min}, {sigma_max} and {rho}")
     ramp = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps, dtype=torch.float64)
     return torch.cat([ramp**rho, ramp.new_zeros(1)])
 

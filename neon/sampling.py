@@ -56,6 +56,8 @@ def parse_seeds(text: str) -> torch.Tensor:
             raise NeonError(f"not a list of seeds: {text!r} (write 0-49999 or 1,2,5-9)") from None
         if high < low:
             raise NeonError(f"empty range of seeds: {part.strip()!r}")
+        if high >= 2**63 or high - low >= 2**31:
+            raise NeonError(f"seeds out of range: {part.strip()!r}")
         ranges.append(torch.arange(low, high + 1))
     return torch.cat(ranges)
 

@@ -141,3 +141,9 @@ def test_shards_cover_everything_once(n, world, batch):
     assert all(0 < part.stop - part.start <= batch for parts in ranks for part in parts)
     sizes = [len(mine) for mine in indices]
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("text", ["99999999999999999999", "0-99999999999"])
+def test_seeds_out_of_range(text):
+    with pytest.raises(NeonError, match="out of range"):
+        parse_seeds(text)

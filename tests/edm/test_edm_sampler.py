@@ -165,3 +165,11 @@ def test_refusals(net, arguments):
 def test_churn_needs_streams():
     with pytest.raises(NeonError, match="streams"):
         edm_sampler(Gaussian(), torch.zeros(1, 1, 2, 2), s_churn=1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rho"), [(0, 80, 7), (-1, 80, 7), (0.002, 0, 7), (0.002, 80, 0), (float("nan"), 80, 7)]
+)
+def test_impossible_noise_levels(low, high, rho):
+    with pytest.raises(NeonError, match="0 < sigma_min < sigma_max"):
+        sigma_schedule(18, low, high, rho)
