@@ -336,7 +336,9 @@ def test_interrupt(mini, tmp_path):
     out = tmp_path / "run"
     command = selftrain(mini, out, "--budget", 640_000, "--snapshot", 64, "--save_every", 64)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([BIN / "neon", *words(command)], **pipes)
+    # A suite that was started in the background ignores SIGINT, and so would its children.
+    attend = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen([BIN / "neon", *words(command)], **pipes, **attend)
     deadline = time.monotonic() + 60
     while len(list(out.glob("snapshot-*"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
