@@ -8,9 +8,9 @@ over rounds, so that a machine that slows down or is shared slows all of them.
 
 import argparse
 import statistics
-import time
 
 import torch
+from timing import seconds
 
 from edm import family
 from edm.sampler import edm_sampler
@@ -38,16 +38,6 @@ def variants(network: str, device: torch.device, compiled: bool):
         yield "channels_last, compile", build(compile=True)
         half = "float16" if device.type == "cuda" else "bfloat16"
         yield f"channels_last, compile, {half}", build(half, compile=True)
-
-
-def seconds(run, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def outside(net, seeds: torch.Tensor, num_steps: int, device: torch.device) -> float:

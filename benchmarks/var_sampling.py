@@ -10,10 +10,10 @@ import argparse
 import resource
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from timing import seconds
 
 from neon.distributed import world
 from neon.sampling import Streams
@@ -57,16 +57,6 @@ def variants(network: str, folder: Path, device: torch.device, compiled: bool):
     yield half, build(half)
     if compiled:
         yield f"{half}, compile", build(half, compile=True)
-
-
-def seconds(run, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def drawing(config, batch: int, device: torch.device, kappa: dict) -> float:

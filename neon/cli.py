@@ -322,13 +322,10 @@ def run_generate(args) -> None:
     from neon.generate import generate
     from neon.io import sha256
     from neon.sampling import parse_seeds
-    from neon.search import Candidates
 
     family, seeds = get_family(args.family), parse_seeds(args.seeds)
     with world(args.device, args.tf32) as here:
-        model = Candidates(family, args.model, here.device, args.precision, args.compile, **loading(args, family)).load(
-            None, 0.0
-        )
+        model = _candidates(args, args.model, family, here).load(None, 0.0)
         options = kappa(args, family)
         identity = {"model": sha256(args.model), "seeds": args.seeds, "precision": args.precision, **options}
         generate(
@@ -340,6 +337,21 @@ def run_generate(args) -> None:
             batch=args.batch_size,
             world=here,
         )
+
+
+def _candidates(args, base, family, here):
+    from neon.search import Candidates
+
+    return Candidates(family, base, here.device, args.precision, args.compile, **loading(args, family))
+
+
+def _rows(args, here):
+    """The rows in --out: rank 0 writes them, and all ranks agree on what is left to do."""
+    from neon.search import Rows
+
+    rows = Rows(args.out, write=here.rank == 0)
+    rows.rows = here.gather(rows.rows)[0]
+    return rows
 
 
 def _evaluation(args, here):
@@ -362,12 +374,12 @@ def run_evaluate(args) -> None:
     from neon.distributed import world
     from neon.family import get_family
     from neon.io import write_json
-    from neon.search import Candidates, Point, measure
+    from neon.search import Point, measure
 
     family = get_family(args.family)
     with world(args.device, args.tf32) as here:
         evaluation = _evaluation(args, here)
-        candidates = Candidates(family, args.base, here.device, args.precision, args.compile, **loading(args, family))
+        candidates = _candidates(args, args.base, family, here)
         result = measure(
             candidates, evaluation, kappa(args, family), Point(args.selftrained and str(args.selftrained), args.w)
         )
@@ -381,7 +393,7 @@ def run_search(args) -> None:
     from neon.distributed import world
     from neon.family import get_family
     from neon.io import existing
-    from neon.search import Candidates, Rows, grid, parse_grid, scorer
+    from neon.search import grid, parse_grid, scorer
     from neon.selftrain import snapshots
 
     if "fid" not in args.metrics.split(","):
@@ -391,10 +403,9 @@ def run_search(args) -> None:
     trained = [existing(path) for folder in args.selftrained for path in snapshots(folder)]
     with world(args.device, args.tf32) as here:
         evaluation = _evaluation(args, here)
-        rows = Rows(args.out, write=here.rank == 0)
-        rows.rows = here.gather(rows.rows)[0]  # ranks must agree on what is left to do
+        rows = _rows(args, here)
         score = scorer(
-            Candidates(family, args.base, here.device, args.precision, args.compile, **loading(args, family)),
+            _candidates(args, args.base, family, here),
             evaluation,
             kappa(args, family),
             rows,
@@ -428,7 +439,7 @@ def run_final(args) -> None:
     from neon.distributed import world
     from neon.family import get_family
     from neon.io import existing
-    from neon.search import Candidates, Rows, digest, final_points, key_of, measure
+    from neon.search import Rows, digest, final_points, key_of, measure
 
     family = get_family(args.family)
     searched = list(Rows(existing(args.search), write=False).rows.values())
@@ -439,9 +450,8 @@ def run_final(args) -> None:
     points = final_points(searched, [field.name for field in dataclasses.fields(family.Sampling)])
     with world(args.device, args.tf32) as here:
         evaluation, options = _evaluation(args, here), kappa(args, family)
-        candidates = Candidates(family, args.base, here.device, args.precision, args.compile, **loading(args, family))
-        rows = Rows(args.out, write=here.rank == 0)
-        rows.rows = here.gather(rows.rows)[0]
+        candidates = _candidates(args, args.base, family, here)
+        rows = _rows(args, here)
         measured: dict = {}
         for role, at in points.items():
             result = rows.cached(
