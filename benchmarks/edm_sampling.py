@@ -47,6 +47,7 @@ def outside(net, seeds: torch.Tensor, num_steps: int, device: torch.device) -> f
     def free(x, sigma, class_labels):  # a network that costs nothing
         return x
 
+    free.sigma_min, free.sigma_max = net.sigma_min, net.sigma_max  # the sampler keeps within the network's range
     rest = seconds(lambda: edm_sampler(free, Streams(seeds, device).randn(shape), num_steps=num_steps), device)
     return rest / seconds(lambda: family.sample(net, seeds, labels, num_steps=num_steps), device)
 
