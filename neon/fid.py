@@ -1,0 +1,68 @@
+"""What the calculate_fid.py of every family shares: FID and IS of a checkpoint, sampled and measured in memory."""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+from neon.cli import add_inference, add_metrics, count, kappa, loading, natural
+from neon.distributed import world
+from neon.evaluate import Evaluation
+from neon.features import load_extractor
+from neon.fetch import local
+from neon.io import write_json
+from neon.metrics import load_reference
+from neon.search import Candidates, Point, measure
+
+
+def add_output(p: argparse.ArgumentParser, family) -> None:
+    """What to measure, where the row goes, how to compute, and the family's sampling options."""
+    p.add_argument("--out", help="JSON file for the row of results")
+    add_metrics(p)
+    add_inference(p, family)
+
+
+def add_images(p: argparse.ArgumentParser, batch_size: int = 64) -> None:
+    """The reference and the images, as the ImageNet families name them; image_seeds reads them."""
+    p.add_argument("--fid_stats", required=True, help="reference statistics: .npz or its URL, kept in fid_stats/")
+    p.add_argument("--num_images", "--N", type=count, default=50_000, help="default %(default)s; classes are balanced")
+    p.add_argument("--batch_size", type=count, default=batch_size, help="images per forward pass and process")
+    p.add_argument("--seed", type=natural, default=0, help="N images have the seeds seed·N … (seed + 1)·N − 1")
+
+
+def image_seeds(args) -> torch.Tensor:
+    return torch.arange(args.num_images) + args.seed * args.num_images
+
+
+def calculate_fid(
+    args,
+    family,
+    checkpoint: str,
+    ref: str,
+    seeds: torch.Tensor,
+    batch_size: int,
+    describe: Callable[[torch.nn.Module], str],
+    labels: Callable[[torch.nn.Module], torch.Tensor | None] = lambda model: None,
+    **options,
+) -> None:
+    """Sample one image per seed, print one line of metrics, and write the row to args.out if it is given.
+
+    args: what add_output parsed. describe(model) is the line's words about the model, and may raise NeonError if it is
+    not the one that was asked for. labels(model): None leaves them to the family. options: of family.load.
+    """
+    started = time.monotonic()
+    with world(args.device, args.tf32) as here:
+        reference = load_reference(local(ref, "fid_stats", here))
+        extractor = load_extractor(args.features, here.device)
+        metrics = tuple(args.metrics.split(","))
+        evaluation = Evaluation(seeds, extractor, reference, metrics, batch_size, here)
+        options = loading(args, family) | options
+        candidates = Candidates(family, checkpoint, here.device, args.precision, args.compile, **options)
+        model = describe(candidates.model)
+        row = measure(candidates, evaluation, kappa(args, family), Point(), labels(candidates.model))
+        if here.rank == 0:
+            values = "  ".join(f"{m.upper() if len(m) < 4 else m} {row[m]:.4f}" for m in metrics)
+            print(f"{values}  ({model}, {row['n']} images, {time.monotonic() - started:.1f} s)")
+            if args.out:
+                write_json(args.out, row)
