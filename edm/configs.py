@@ -68,13 +68,13 @@ RECIPES = {
     ),
     "digits_base": Recipe(
         batch=64,
-        lr=4e-3,
-        budget=153_600,
-        snapshot=153_600,
+        lr=8e-3,
+        budget=102_400,
+        snapshot=102_400,
         ramp=6_400,
         anneal="linear",
         betas=(0.9, 0.99),
-        ema_decay=0.998,
+        ema_decay=0.996,
     ),
     "digits": Recipe(
         batch=64,

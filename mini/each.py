@@ -18,18 +18,22 @@ import sys
 import yaml
 from tqdm import tqdm
 
+NAME = r"\{([\w.]+)\}"
+
 
 def expand(template: list[str], values: dict[str, str], tables: dict) -> list[str]:
     """The command with its {names} filled in; a word that is only one {name} may become several words."""
 
     def fill(match):
         name, _, entry = match[1].partition(".")
-        return str(tables[values[name]][entry] if entry else values[name])
+        if entry:  # may hold further names
+            return re.sub(NAME, fill, str(tables[values[name]][entry]))
+        return values[name]
 
     words = []
     for word in template:
-        filled = re.sub(r"\{([\w.]+)\}", fill, word)
-        words += shlex.split(filled) if re.fullmatch(r"\{[\w.]+\}", word) else [filled]
+        filled = re.sub(NAME, fill, word)
+        words += shlex.split(filled) if re.fullmatch(NAME, word) else [filled]
     return words
 
 
