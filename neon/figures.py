@@ -36,10 +36,7 @@ def w_curves(
             colours = plt.get_cmap("viridis")(np.linspace(0.75, 0.1, len(budgets)))
             for colour, budget in zip(colours, budgets):
                 curve = pd.concat([base, rows[rows["budget"] == budget]]).groupby("w")[metric]
-                points = curve.apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"])).unstack()
-                ax.plot(points.index, points["mean"], "o-", ms=3, color=colour, label=f"B = {budget / 1000:g}k")
-                low, high = points["mean"] - points["half"], points["mean"] + points["half"]
-                ax.fill_between(points.index, low, high, color=colour, alpha=0.15, lw=0)
+                _band(ax, curve, color=colour, label=f"B = {budget / 1000:g}k")
             star = rows[(rows["budget"] == best_budget) & (rows["w"] == best_w)][metric].mean()
             ax.plot([best_w], [star], "*", ms=13, color="crimson", zorder=5, label=f"w* = {best_w:g}")
             ax.axvline(0, color="grey", lw=0.8, ls=":")
@@ -49,6 +46,49 @@ def w_curves(
         line[0].legend(fontsize=7)
     for ax in axes[-1]:
         ax.set_xlabel("merge weight w")
+    return fig
+
+
+def _band(ax, curve: pd.core.groupby.SeriesGroupBy, **style) -> None:
+    """Mean of each group against its key, with the 95 % t-interval as a band."""
+    points = curve.apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"])).unstack()
+    (line,) = ax.plot(points.index, points["mean"], "o-", ms=3, **style)
+    low, high = points["mean"] - points["half"], points["mean"] + points["half"]
+    ax.fill_between(points.index, low, high, color=line.get_color(), alpha=0.15, lw=0)
+
+
+def sources(search: pd.DataFrame, titles: dict[str, str] | None = None) -> Figure:
+    """Fig. 8: FID against w, a line per setting (where S came from), 95 % bands over seeds; stars at each minimum.
+
+    search: columns setting, seed, w, fid; one budget.
+    """
+    fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for colour, (setting, rows) in zip(plt.get_cmap("tab10").colors, search.groupby("setting", sort=False)):
+        _band(ax, rows.groupby("w")["fid"], color=colour, label=(titles or {}).get(setting, setting))
+        mean = rows.groupby("w")["fid"].mean()
+        ax.plot([mean.idxmin()], [mean.min()], "*", ms=12, color=colour, mec="black", zorder=5)
+    ax.axvline(0, color="grey", lw=0.8, ls=":")
+    ax.set_xlabel("merge weight w")
+    ax.set_ylabel("FID")
+    ax.grid(alpha=0.25)
+    ax.legend(fontsize=7)
+    return fig
+
+
+def against(final: pd.DataFrame, label: str) -> Figure:
+    """Figs. 9 and 10: reported FID and recall of base and Neon against a number, 95 % bands over seeds.
+
+    final: columns setting (a number), seed, role, fid, recall. label: what the number is.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.9), layout="constrained")
+    for ax, metric in zip(axes, ("fid", "recall")):
+        for role, name, colour in (("base", "base (w = 0)", "grey"), ("neon", "Neon (w*)", "crimson")):
+            rows = final[final["role"] == role]
+            _band(ax, rows.groupby(rows["setting"].astype(float))[metric], color=colour, label=name)
+        ax.set_xlabel(label)
+        ax.set_ylabel(LABELS[metric])
+        ax.grid(alpha=0.25)
+    axes[0].legend(fontsize=7)
     return fig
 
 
@@ -135,11 +175,7 @@ def asymptotes(search: pd.DataFrame, weights: Sequence[float] = (0, 0.25, 0.5, 0
     colours = plt.get_cmap("viridis")(np.linspace(0.85, 0.1, len(weights)))
     for ax, metric in zip(axes, ("precision", "recall")):
         for colour, w in zip(colours, weights):
-            curve = search[search["w"] == w].groupby("cfg")[metric]
-            points = curve.apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"])).unstack()
-            ax.plot(points.index, points["mean"], "o-", ms=3, color=colour, label=f"w = {w:g}")
-            low, high = points["mean"] - points["half"], points["mean"] + points["half"]
-            ax.fill_between(points.index, low, high, color=colour, alpha=0.15, lw=0)
+            _band(ax, search[search["w"] == w].groupby("cfg")[metric], color=colour, label=f"w = {w:g}")
         ax.set_xlabel("guidance γ")
         ax.set_ylabel(metric)
         ax.grid(alpha=0.25)
