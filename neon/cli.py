@@ -124,6 +124,22 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     _add_sampling(p, family)
     _add_evaluation(p)
 
+    p = command("grid", run_grid, "contact sheets of the models that `neon final` compared, from the same seeds")
+    _add_family(p)
+    p.add_argument("--final", required=True, help="what `neon final` wrote")
+    p.add_argument("--seeds", default="0-39", help="images by seed (default %(default)s)")
+    p.add_argument("--columns", type=count, default=20)
+    p.add_argument("--batch_size", type=count, default=64)
+    p.add_argument("--out", required=True, help="folder for base.png, selftrained.png, neon.png")
+    p.add_argument("--device", choices=["cpu", "cuda"])
+    if family:
+        _add_fields(p, family.Loading)
+
+    p = command("page", run_page, "one self-contained HTML page of executed notebooks")
+    p.add_argument("notebooks", nargs="+", help="executed .ipynb files, in order")
+    p.add_argument("--title", default="Neon: results")
+    p.add_argument("--out", required=True, help=".html")
+
     p = command("inspect", run_inspect, "what a checkpoint holds, without executing anything in it")
     p.add_argument("file", type=checkpoint)
     p.add_argument("--key", help="where the state dict lies in a nested file")
@@ -464,6 +480,46 @@ def run_final(args) -> None:
             measured[at] = {k: v for k, v in result.items() if k not in ("role", "key")}
             if here.rank == 0:
                 print(f"{role:12s}{summary(result, evaluation.metrics)}", flush=True)
+
+
+def run_grid(args) -> None:
+    import torch
+
+    from neon.data import contact_sheet, encode_png
+    from neon.distributed import world
+    from neon.family import get_family
+    from neon.io import atomic, existing
+    from neon.sampling import parse_seeds
+    from neon.search import Candidates, Rows
+
+    family, seeds = get_family(args.family), parse_seeds(args.seeds)
+    rows = Rows(existing(args.final), write=False).rows.values()
+    if not rows or any("role" not in row for row in rows):
+        raise NeonError(f"{args.final}: not what `neon final` wrote")
+    sheets = {}
+    with world(args.device) as here:
+        for row in rows:
+            options = {field.name: row[field.name] for field in dataclasses.fields(family.Sampling)}
+            candidates = Candidates(family, row["base"], here.device, row["dtype"], **loading(args, family))
+            model = candidates.load(row["selftrained"], row["w"])
+            labels = family.labels(model, seeds)
+            parts = torch.arange(len(seeds)).split(args.batch_size)
+            images = [family.sample(model, seeds[i], labels if labels is None else labels[i], **options) for i in parts]
+            sheets[row["role"]] = contact_sheet(torch.cat(images).cpu(), args.columns)
+        if here.rank == 0:
+            with atomic(args.out) as folder:
+                folder.mkdir()
+                for role, sheet in sheets.items():
+                    (folder / f"{role}.png").write_bytes(encode_png(sheet))
+
+
+def run_page(args) -> None:
+    from neon.io import atomic
+    from neon.page import page
+
+    html = page(args.notebooks, args.title)
+    with atomic(args.out) as partial:
+        partial.write_text(html)
 
 
 def run_reference(args) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from neon import NeonError
@@ -101,6 +102,15 @@ def encode_png(image: torch.Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).squeeze(-1).cpu().numpy()).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def contact_sheet(images: torch.Tensor, columns: int) -> torch.Tensor:
+    """uint8 (N, C, H, W) → one image (C, H', W') of rows of `columns`, framed in white."""
+    framed = F.pad(images, (1, 1, 1, 1), value=255)
+    missing = -len(framed) % columns
+    framed = torch.cat([framed, framed.new_full((missing, *framed.shape[1:]), 255)])
+    rows = framed.unflatten(0, (-1, columns))
+    return rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
 def window_order(n: int, seed: int) -> Iterator[int]:

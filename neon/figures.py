@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
+from neon.data import contact_sheet
 from neon.metrics import t_interval
 
 LABELS = {"fid": "FID", "precision": "precision", "recall": "recall"}
@@ -92,18 +94,17 @@ def against(final: pd.DataFrame, label: str) -> Figure:
     return fig
 
 
-def image_grid(groups: dict[str, np.ndarray], columns: int = 20) -> Figure:
-    """Rows of images under a title each: name → uint8 (N, C, H, W), N a multiple of columns."""
-    sheets = {}
-    for title, images in groups.items():
-        framed = np.pad(np.asarray(images), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=255)
-        n, c, h, w = framed.shape
-        sheet = framed.reshape(n // columns, columns, c, h, w).transpose(0, 3, 1, 4, 2)
-        sheets[title] = sheet.reshape(n // columns * h, columns * w, c)
-    height, width, _ = next(iter(sheets.values())).shape
-    fig, axes = plt.subplots(len(sheets), 1, figsize=(9, len(sheets) * (9 * height / width + 0.35)), squeeze=False)
-    for ax, (title, sheet) in zip(axes[:, 0], sheets.items()):
-        ax.imshow(sheet, cmap="gray", vmin=0, vmax=255)
+def image_grid(groups: dict[str, torch.Tensor], columns: int = 20) -> Figure:
+    """Rows of images under a title each: name → uint8 (N, C, H, W)."""
+    return sheets({title: contact_sheet(images, columns) for title, images in groups.items()})
+
+
+def sheets(named: dict[str, torch.Tensor]) -> Figure:
+    """Images of one size under a title each: name → uint8 (C, H, W)."""
+    _, height, width = next(iter(named.values())).shape
+    fig, axes = plt.subplots(len(named), 1, figsize=(9, len(named) * (9 * height / width + 0.35)), squeeze=False)
+    for ax, (title, sheet) in zip(axes[:, 0], named.items()):
+        ax.imshow(sheet.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
         ax.set_title(title, loc="left", fontsize=9)
         ax.axis("off")
     fig.tight_layout()

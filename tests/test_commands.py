@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import BIN, ROOT, error_of, files, neon, torchrun, words
 
 from neon.checkpoint import load_weights, open_weights, save_safetensors
@@ -389,3 +390,25 @@ def test_fid_script(mini, tmp_path, monkeypatch, capsys):
     neon("evaluate", "--family", "edm", "--model", mini.base, *measuring, "--out", tmp_path / "neon.json")
     found, wanted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("script", "neon"))
     assert {k: v for k, v in found.items() if k != "seconds"} == {k: v for k, v in wanted.items() if k != "seconds"}
+
+
+def test_grid_shows_what_final_compared(mini, out):
+    rows = out.with_suffix(".jsonl")
+    searched = out.with_name("search.jsonl")
+    neon(*search(mini, searched))
+    neon(*final(mini, rows, "--search", searched))
+    neon("grid", "--family", "edm", "--final", rows, "--seeds", "0-4", "--columns", 3, "--out", out)
+    sheets = {path.stem: np.array(Image.open(path)) for path in out.iterdir()}
+    assert sheets.keys() == {"base", "selftrained", "neon"}
+    assert all(sheet.shape == (20, 30) for sheet in sheets.values())  # 2 × 3 of 8 pixels and a frame, the last is white
+    assert (sheets["base"][11:, 21:] == 255).all() and (sheets["base"][:10, :10] != 255).any()
+    assert (sheets["base"] != sheets["selftrained"]).any()
+    neon("generate", *mini.sampling, "--model", mini.base, "--seeds", "4", "--out", out.with_name("S"))
+    (single,) = out.with_name("S").rglob("*.png")
+    assert (np.array(Image.open(single)) == sheets["base"][11:19, 11:19]).all()
+
+
+def test_grid_takes_only_final_rows(mini, out):
+    neon(*search(mini, out.with_suffix(".jsonl")))
+    assert "not what" in error_of("grid", "--family", "edm", "--final", out.with_suffix(".jsonl"), "--out", out)
+    assert not out.exists()
