@@ -1,7 +1,6 @@
 """EDM as the method sees it (neon.family.Family)."""
 
 import functools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,7 @@ from edm.loss import edm_loss
 from edm.network import EDMPrecond
 from edm.sampler import from_uint8, start
 from edm.sampler import sample as edm_sample
-from neon import NeonError
-from neon.checkpoint import check_fits, load_into, open_weights
+from neon import NeonError, recorded
 from neon.family import named
 
 __all__ = [
@@ -64,7 +62,8 @@ def is_buffer(tensor_name: str) -> bool:
 
 def create(config: str, *, device: torch.device | str, **options) -> EDMPrecond:
     """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
-    return _build({**named(networks, config, "EDM network"), **options}).to(device, memory_format=torch.channels_last)
+    net = recorded.build(EDMPrecond, {**named(networks, config, "EDM network"), **options})
+    return net.to(device, memory_format=torch.channels_last)
 
 
 def load(path: str | Path, *, device: torch.device | str, precision: str = "float32", **options) -> EDMPrecond:
@@ -73,26 +72,9 @@ def load(path: str | Path, *, device: torch.device | str, precision: str = "floa
     precision: 'float32' (the reference), 'float16' (on GPUs) or 'bfloat16', in which the U-Net computes.
     Raises NeonError if the file records no constructor arguments or its tensors do not fit them.
     """
-    with open_weights(path) as weights:
-        try:
-            if weights.metadata.get("class_name", "EDMPrecond") != "EDMPrecond":
-                raise NeonError(f"it holds a {weights.metadata['class_name']}")
-            if "init_kwargs" not in weights.metadata:
-                raise NeonError("it does not record the network's constructor arguments")
-            with torch.device("meta"):  # no time for initial values that are overwritten
-                net = _build({**json.loads(weights.metadata["init_kwargs"]), **options})
-        except (NeonError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-            raise NeonError(f"{path}: no EDM checkpoint ({error})") from None
-        check_fits(net, weights, path)
-        load_into(net.to_empty(device=device), weights, path)
+    net, _ = recorded.load(path, EDMPrecond, "EDM", device, **options)
     net.dtype = getattr(torch, precision)
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def _build(kwargs: dict) -> EDMPrecond:
-    net = EDMPrecond(**kwargs)
-    net.init_kwargs = kwargs
-    return net
+    return net.to(memory_format=torch.channels_last)
 
 
 def weights(model: EDMPrecond) -> EDMPrecond:
@@ -100,7 +82,7 @@ def weights(model: EDMPrecond) -> EDMPrecond:
 
 
 def metadata(model: EDMPrecond) -> dict[str, str]:
-    return {"class_name": "EDMPrecond", "init_kwargs": json.dumps(model.init_kwargs)}
+    return recorded.metadata(model)
 
 
 def labels(model: EDMPrecond, seeds: torch.Tensor) -> torch.Tensor | None:

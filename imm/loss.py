@@ -93,7 +93,7 @@ def moment_matching_loss(
     """Loss of every group, (G,) float64; the objective is its mean.
 
     images (B, C, H, W) float32 with standard deviation near sigma_data, class_labels (B, label_dim) one-hot; group
-    g is images[M g : M g + M]. Only the jump from t has a gradient, and runs in the network's mixed precision.
+    g is images[M g : M g + M]. Only the jump from t has a gradient, and runs in the caller's autocast.
     A NaN loss (overflow in float16) counts as 0, but its gradient stays NaN: a gradient scaler skips that step.
     """
     t, r, s = group_times(net, draws.u_t, draws.u_s, k, min_gap)
@@ -104,8 +104,8 @@ def moment_matching_loss(
 
     kept = class_labels * (draws.gate >= label_dropout)[:, None]
     jump_t = net(x_t, t_, s_, kept).unflatten(0, (-1, M))
-    with torch.no_grad():
-        jump_r = net(x_r, r_, s_, class_labels, force_fp32=True).unflatten(0, (-1, M))
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        jump_r = net(x_r, r_, s_, class_labels).unflatten(0, (-1, M))
 
     t, s = t.flatten(), s.flatten()
     # s = t (or t = 0) has nothing to learn, but infinite weights: such a group counts as 0, in the gradient too.

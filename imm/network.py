@@ -198,7 +198,6 @@ def simple_edm(x, out, t, s, d):
 
 MODELS = {"DiT": {}, "DiT_XL_2": {"patch_size": 2, "hidden_size": 1152, "depth": 28, "num_heads": 16}}
 JUMPS = {"euler_fm": euler_fm, "identity": identity, "simple_edm": simple_edm}
-PRECISIONS = {None: None, "fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Options of the original code that its ImageNet models leave at these values; no others are implemented.
 FIXED = {"noise_schedule": "fm", "qk_norm": False, "skip": False, "temb_mult": 1, "dropout": 0, "class_dropout_prob": 0}
 
@@ -208,8 +207,8 @@ class IMMPrecond(nn.Module):
 
     `options` are those of DiT (in_channels must equal img_channels) and those of FIXED. f_type is how x and the
     network's output combine, temb_type what the second time input is: 'stride' t - s or 'identity' s.
-    mixed_precision (None, 'fp16', 'bf16') is the autocast type of the transformer, on CUDA only. Raises NeonError
-    for options this implementation lacks.
+    mixed_precision is recorded in checkpoints and has no effect: the transformer computes in the caller's autocast,
+    or in float32 without one. Raises NeonError for options this implementation lacks.
     """
 
     def __init__(
@@ -219,7 +218,7 @@ class IMMPrecond(nn.Module):
         label_dim: int,
         *,
         model_type: str = "DiT_XL_2",
-        mixed_precision: str | None = None,
+        mixed_precision: object = None,
         f_type: str = "euler_fm",
         temb_type: str = "stride",
         time_scale: float = 1000,
@@ -231,7 +230,6 @@ class IMMPrecond(nn.Module):
         super().__init__()
         for name, value, known in [
             ("model_type", model_type, MODELS),
-            ("mixed_precision", mixed_precision, PRECISIONS),
             ("f_type", f_type, JUMPS),
             ("temb_type", temb_type, ("stride", "identity")),
             *((name, options.pop(name), (value,)) for name, value in FIXED.items() if name in options),
@@ -242,7 +240,7 @@ class IMMPrecond(nn.Module):
         if options.get("in_channels", 4) != img_channels:
             raise NeonError(f"IMM with img_channels={img_channels} needs in_channels={img_channels}")
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
-        self.mixed_precision, self.jump, self.temb_type = PRECISIONS[mixed_precision], JUMPS[f_type], temb_type
+        self.jump, self.temb_type = JUMPS[f_type], temb_type
         self.time_scale, self.sigma_data, self.eps, self.T = time_scale, sigma_data, eps, T
         self.model = DiT(img_resolution, **options)
 
@@ -253,35 +251,31 @@ class IMMPrecond(nn.Module):
         s: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         cfg: float | None = None,
-        force_fp32: bool = False,
     ) -> torch.Tensor:
         """x (N, C, R, R) at times t, jumped to times s; t and s hold one value or N.
 
         class_labels: (N, label_dim) one-hot rows, a zero row or None for no class. cfg: guidance scale, 1 is
-        conditional; None runs one pass with the labels as they are. The network computes in float32 (or in
-        mixed precision unless force_fp32) whatever the dtypes given; the result has the promoted dtype of x, t, s.
+        conditional; None runs one pass with the labels as they are. The network computes in float32 (or in the
+        caller's autocast) whatever the dtypes given; the result has the promoted dtype of x, t, s.
         Raises NeonError for guidance without labels.
         """
         n = len(x)
         t, s = (time.reshape(-1, 1, 1, 1).expand(n, 1, 1, 1) for time in (t, s))
         if cfg is None:
             rows = torch.zeros(1, self.label_dim, device=x.device) if class_labels is None else class_labels
-            out = self._transform(x, t, s, rows, force_fp32).to(t.dtype)
+            out = self._transform(x, t, s, rows).to(t.dtype)
         else:
             if class_labels is None or class_labels.shape != (n, self.label_dim) or self.label_dim == 0:
                 raise NeonError(f"guidance (cfg={cfg}) needs one class label per image")
             rows = torch.cat([torch.zeros_like(class_labels), class_labels])
-            twice = self._transform(x.repeat(2, 1, 1, 1), t.repeat(2, 1, 1, 1), s.repeat(2, 1, 1, 1), rows, force_fp32)
+            twice = self._transform(x.repeat(2, 1, 1, 1), t.repeat(2, 1, 1, 1), s.repeat(2, 1, 1, 1), rows)
             uncond, cond = twice.to(t.dtype).chunk(2)
             out = uncond + cfg * (cond - uncond)
         return self.jump(x, out, t, s, self.sigma_data)
 
-    def _transform(self, x, t, s, rows, force_fp32):
+    def _transform(self, x, t, s, rows):
         x, t, s = x.float(), t.float(), s.float()
         c_in = 1 / (self.sigma_data * ((1 - t) ** 2 + t**2).sqrt())
         second = t - s if self.temb_type == "stride" else s
         times = (self.time_scale * time.flatten() for time in (t, second))
-        amp = self.mixed_precision if x.is_cuda and not force_fp32 else None
-        # Entered also when disabled: float32 means float32 inside anybody's autocast.
-        with torch.autocast(x.device.type, dtype=amp, enabled=amp is not None):
-            return self.model(c_in * x, *times, rows.float())
+        return self.model(c_in * x, *times, rows.float())

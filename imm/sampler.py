@@ -35,13 +35,12 @@ def pushforward(
 ) -> torch.Tensor:
     """x (N, C, R, R) at times[0] → times[-1], through every time between, in the dtype of times.
 
-    float64 times are the original sampler, float32 ones what Neon's scripts compute; they agree to about 1e-6. The
-    network itself runs in float32 either way, even one that was trained in mixed precision.
+    float64 times are the original sampler, float32 ones what Neon's scripts compute; they agree to about 1e-6.
     class_labels (N, label_dim) one-hot or None; cfg: guidance scale or None.
     """
     x, times = x.to(times.dtype), times.to(x.device)
     for t, s in pairwise(times):
-        x = net(x, t, s, class_labels, cfg=cfg, force_fp32=True)
+        x = net(x, t, s, class_labels, cfg=cfg)
     return x
 
 

@@ -16,11 +16,17 @@ SUMMARY = [
 
 
 def read_rows(files: Mapping[Path, Mapping[str, object]]) -> pd.DataFrame:
-    """Rows of several JSON-lines files, each with the columns given for its file (say, setting and seed)."""
+    """Rows of several JSON-lines files, each with the columns given for its file (say, setting and seed).
+
+    Guidance is the column cfg, also where a family's option for it has another name.
+    """
     rows = [{**row, **columns} for path, columns in files.items() for row in Rows(path, write=False).rows.values()]
     if not rows:
         raise NeonError("no results yet")
-    return pd.DataFrame(rows).drop(columns=["key", "versions"])
+    table = pd.DataFrame(rows).drop(columns=["key", "versions"])
+    if "cfg_scale" in table:
+        table["cfg"] = table.get("cfg", table["cfg_scale"]).fillna(table["cfg_scale"])
+    return table
 
 
 def summarise(final: pd.DataFrame, by: Iterable[str] = ("family", "setting")) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from neon import NeonError
-from neon.checkpoint import load_weights
+from neon.checkpoint import load_weights, open_weights
 from neon.evaluate import Evaluation, row
 from neon.family import Family
 from neon.io import sha256
@@ -91,6 +91,7 @@ def identity(candidates: Candidates, point: Point) -> dict:
         "selftrained": point.selftrained,
         "selftrained_sha256": digest(point.selftrained) if point.selftrained else None,
         "budget": budget_of(point.selftrained),
+        "num_synthetic": num_synthetic(point.selftrained),
         "dtype": candidates.precision,
     }
 
@@ -104,6 +105,15 @@ def budget_of(snapshot: str | None) -> int:
     """B, the images a snapshot was trained on, read off its name; 0 for the base."""
     digits = Path(snapshot).stem.rpartition("-")[2] if snapshot else "0"
     return int(digits) if digits.isdigit() else 0
+
+
+@lru_cache
+def num_synthetic(snapshot: str | None) -> int:
+    """|S|, the number of images that our snapshots record in their header; 0 for the base and for other files."""
+    if snapshot is None or Path(snapshot).suffix != ".safetensors":
+        return 0
+    with open_weights(snapshot) as weights:
+        return int(weights.metadata.get("data_images", 0))
 
 
 class Rows:
@@ -141,6 +151,7 @@ class Rows:
 def key_of(candidates: Candidates, evaluation: Evaluation, kappa: Mapping[str, object], point: Point) -> str:
     """Digest of everything a row depends on: weights by their digests, not their paths."""
     facts = identity(candidates, point) | {"base": None, "selftrained": None, "budget": None}
+    del facts["num_synthetic"]  # like the others, implied by the digests
     facts |= {**kappa, **dict(point.kappa)} | evaluation.identity() | {"family": candidates.family.name}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

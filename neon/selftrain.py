@@ -79,7 +79,7 @@ def train(
     stream = batches(data, order, recipe.batch, world.rank, world.size)
     generator = torch.Generator(world.device)
     log = _Log(out / "log.jsonl", images, world, every=max(recipe.budget // recipe.batch // 100, 1) * recipe.batch)
-    metadata = family.metadata(model)
+    metadata = family.metadata(model) | {"data_images": str(len(data))}
     with progress(recipe.budget, "img", "train", world.rank, images) as bar:
         while images < recipe.budget:
             for group in optimizer.param_groups:

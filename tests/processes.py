@@ -4,6 +4,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -110,6 +111,16 @@ def torchrun(n: int, *program, nodes: int = 1, check: bool = True) -> list[subpr
         assert not check or launcher.returncode == 0, err
         done.append(subprocess.CompletedProcess(launcher.args, launcher.returncode, out, err))
     return done
+
+
+def run(command: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a line of the shell as a user would, with the project's environment active."""
+    variables = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    words = shlex.split(command)
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        variables[name] = os.pathsep.join(filter(None, [value, os.environ.get(name)]))
+    return subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=1500)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,12 +1,16 @@
-"""The small IMM network of the golden vectors, and how to read those."""
+"""The small IMM network of the golden vectors, how to read those, and checkpoints as users have them."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 from fill import fill_parameters
+from pickle_writer import IMM_CLASSES, write_persistent_pickle
 
+from imm import family
+from imm.autoencoder import NAME
 from imm.network import IMMPrecond
+from neon.checkpoint import save_safetensors
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "imm"
 TINY = {
@@ -35,3 +39,33 @@ def tiny(**options) -> IMMPrecond:
 
 def near(got, want, rtol=1e-4, atol=1e-5):
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+def write_vae(folder: Path, seed: int = 0) -> Path:
+    """A narrow VAE with the interface of Stable Diffusion's, in diffusers' format."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    widths = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "latent_channels": 4}
+    AutoencoderKL(**kinds, **widths).save_pretrained(folder / NAME)
+    return folder / NAME
+
+
+def write_pickle(path: Path, net: IMMPrecond, init_kwargs: dict) -> Path:
+    """A network as the original training pickles it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = {"augment_pipe": None, "dataset_kwargs": {"path": "dataset.zip"}}
+    write_persistent_pickle(path, "IMMPrecond", init_kwargs, net.state_dict(), IMM_CLASSES, buffers=(), **entries)
+    return path
+
+
+def write_digits(path: Path, seed: int = 0) -> Path:
+    """A checkpoint of the pixel-space mini network with weights that let every part matter."""
+    torch.manual_seed(seed)
+    model = family.create("digits", device="cpu")
+    with torch.no_grad():
+        for p in model.net.parameters():
+            p.add_(torch.randn(p.shape), alpha=0.5 / p.shape[-1] ** 0.5)
+    save_safetensors(path, model.net.state_dict(), family.metadata(model))
+    return path

@@ -137,19 +137,21 @@ def test_overflow_counts_zero_but_shows_in_the_gradient():
     assert not all(p.grad.isfinite().all() for p in net.parameters())
 
 
-def test_only_the_jump_from_t_loses_labels_and_has_a_gradient():
-    net, (images, labels, draws) = tiny(mixed_precision="fp16").requires_grad_(), one_batch()
+def test_only_the_jump_from_t_loses_labels_has_a_gradient_and_follows_autocast():
+    net, (images, labels, draws) = tiny().requires_grad_(), one_batch()
     draws.gate.fill_(0.5)
     draws.gate[2] = 0.05
-    calls = []
-    net.register_forward_hook(lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True)
-    moment_matching_loss(net, images, labels, draws)
-    (from_t, precision, jump), (from_r, target_precision, target) = calls
+    calls, types = [], []
+    net.register_forward_hook(lambda _, args, out: calls.append((args, out)))
+    net.model.blocks[0].attn.register_forward_hook(lambda _, args, out: types.append(out.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = moment_matching_loss(net, images, labels, draws)
+    (from_t, jump), (from_r, target) = calls
     kept = labels.clone()
     kept[2] = 0
     assert torch.equal(from_t[3], kept) and torch.equal(from_r[3], labels)
     assert jump.requires_grad and not target.requires_grad
-    assert target_precision == {"force_fp32": True} and not precision
+    assert types == [torch.bfloat16, torch.float32] and loss.dtype == torch.float64
 
 
 def test_unequal_groups_are_refused():

@@ -69,13 +69,6 @@ def test_sampling_repeats_bit_for_bit_and_leaves_global_randomness_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_sampling_is_float32_for_a_network_trained_in_mixed_precision():
-    net, calls = tiny(mixed_precision="fp16"), []
-    net.register_forward_hook(lambda _, args, kwargs, out: calls.append(kwargs["force_fp32"]), with_kwargs=True)
-    sample(net, Streams([0]), torch.tensor([1]), steps=2)
-    assert calls == [True, True]
-
-
 def test_sample_is_pushforward_from_the_streams():
     g = golden("sampler_pushforward")
 

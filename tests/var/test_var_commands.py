@@ -2,17 +2,16 @@
 
 import dataclasses
 import json
-import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import error_of, files, finish, kill_when, neon, ranks, start
-from var_cases import write_images, write_pair, write_reference
+from processes import error_of, files, finish, kill_when, neon, ranks, run, start
+from sets import write_images, write_reference
+from var_cases import write_pair
 
 from neon.checkpoint import load_weights
 from neon.features import DigitsCNN, save_digits_cnn
@@ -47,16 +46,6 @@ def checkout(tmp_path_factory):
     save_digits_cnn(DigitsCNN(), folder / "cnn.safetensors")
     write_reference(folder / "small.npz", 64)
     return folder
-
-
-def run(command: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run as a user would, with the project's environment active."""
-    variables = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    words = shlex.split(command)
-    while "=" in words[0]:
-        name, _, value = words.pop(0).partition("=")
-        variables[name] = os.pathsep.join(filter(None, [value, os.environ.get(name)]))
-    return subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=1500)
 
 
 def fid(

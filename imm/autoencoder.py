@@ -1,0 +1,61 @@
+"""Stable Diffusion's VAE, through diffusers; read from a folder, or from where `hf download` puts what has a hub id."""
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from neon import NeonError
+
+NAME = "sd-vae-ft-ema"
+HUB = f"stabilityai/{NAME}"
+FETCH = f"hf download {HUB} --local-dir checkpoints/{NAME}"
+
+
+class StableDiffusionVAE(nn.Module):
+    """A VAE as imm.latents wants it. It encodes in float32 whatever the autocast around it, and decodes in that."""
+
+    def __init__(self, source: str):
+        """source: a folder in diffusers' format, or a hub id. Raises NeonError if it is missing, or no such VAE."""
+        from diffusers import AutoencoderKL  # slow to import
+
+        super().__init__()
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                kl = AutoencoderKL.from_pretrained(
+                    source, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+                )
+        except (OSError, ValueError):
+            raise NeonError(
+                f"no VAE in diffusers' format at {source}; get it with `{FETCH}`, or say where it is with --vae"
+            ) from None
+        if kl.config.latent_channels != 4 or len(kl.config.block_out_channels) != 4:
+            raise NeonError(f"{source}: not a VAE of 4 channels at an eighth of the resolution")
+        self.source, self.kl = source, kl.requires_grad_(False).eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kl.dtype
+
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(pixels.device.type, enabled=False):
+            posterior = self.kl.encode(pixels).latent_dist
+        return posterior.mean, posterior.std
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.kl.decode(latents).sample
+
+    def sha256(self) -> str:
+        """Of the weights' values, so that it is the same for a folder and the hub, and for any naming of tensors."""
+        values = (t.detach().float().cpu().contiguous().numpy().data for t in self.kl.state_dict().values())
+        digests = sorted(hashlib.sha256(v).hexdigest() for v in values)
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def find_vae(given: str = "", checkpoint: str | Path | None = None) -> str:
+    """The given source, or a folder of the released name beside the checkpoint or in checkpoints/, or the hub id."""
+    near = [Path(checkpoint).parent] if checkpoint else []
+    folders = (folder / NAME for folder in [*near, Path("checkpoints")])
+    return given or next((str(f) for f in folders if f.is_dir()), HUB)

@@ -1,0 +1,64 @@
+"""Named networks and recipes: paper size, and mini size for 8×8 grey digits, whose pixels need no VAE."""
+
+from neon.family import Recipe
+
+# Constructor arguments of IMMPrecond.
+NETWORKS = {
+    "imagenet256": {
+        "img_resolution": 32,
+        "img_channels": 4,
+        "label_dim": 1000,
+        "model_type": "DiT_XL_2",
+        "s_embed": True,
+        "noise_schedule": "fm",
+        "f_type": "euler_fm",
+        "temb_type": "stride",
+        "time_scale": 1000,
+        "sigma_data": 0.5,
+        "eps": 0.0,
+        "T": 0.994,
+    },
+    "digits": {
+        "img_resolution": 8,
+        "img_channels": 1,
+        "label_dim": 10,
+        "model_type": "DiT",
+        "in_channels": 1,
+        "num_classes": 10,
+        "patch_size": 2,
+        "hidden_size": 64,
+        "depth": 4,
+        "num_heads": 4,
+    },
+}
+
+RECIPES = {
+    # 59 ticks of 200 steps; the original begins a sixtieth and stops after its first step.
+    "imagenet256": Recipe(
+        batch=512,
+        lr=1e-6,
+        budget=59 * 102_400,
+        snapshot=102_400,
+        optimizer="adamw",
+        ema_decay=0.9999,
+        precision="float16",
+    ),
+    "digits_base": Recipe(
+        batch=64,
+        lr=2e-3,
+        budget=128_000,
+        snapshot=128_000,
+        ramp=6_400,
+        anneal="linear",
+        betas=(0.9, 0.99),
+        ema_decay=0.998,
+    ),
+    "digits": Recipe(
+        batch=64,
+        lr=5e-5,
+        budget=12_800,
+        snapshot=12_800,
+        betas=(0.9, 0.99),
+        ema_decay=0.99,
+    ),
+}

@@ -1,0 +1,142 @@
+"""IMM as the method sees it (neon.family.Family): a network that is trained, and a frozen VAE if it models latents."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from imm.autoencoder import StableDiffusionVAE, find_vae
+from imm.configs import NETWORKS as networks
+from imm.configs import RECIPES as recipes
+from imm.latents import decode, encode, sample_posterior, to_uint8
+from imm.loss import draw, moment_matching_loss
+from imm.network import IMMPrecond
+from imm.sampler import sample as sample_net
+from neon import NeonError, recorded
+from neon.family import named
+from neon.sampling import Streams
+
+__all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
+
+name = "imm"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options of the pushforward sampler; the defaults are those of the released model's evaluation."""
+
+    num_steps: int = 8
+    cfg_scale: float = 1.8  # guidance; 1 is none
+    schedule: Literal["uniform", "edm"] = "uniform"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What load and create need beside the checkpoint."""
+
+    vae: str = (
+        ""  # folder or hub id of the VAE (default: sd-vae-ft-ema near the checkpoint, in checkpoints/, or the hub's)
+    )
+
+
+class IMM(nn.Module):
+    """A network; the VAE of its latents, or None if it models pixels; and the precision in which they sample."""
+
+    def __init__(self, net: IMMPrecond, vae: StableDiffusionVAE | None, precision: str = "float32"):
+        super().__init__()
+        self.net, self.vae, self.precision = net, vae, precision
+        self.eval().requires_grad_(False)
+
+    def compile(self, *args, **kwargs):
+        """The blocks, which are alike, so that one compilation serves all of them."""
+        for block in self.net.model.blocks:
+            block.compile(*args, **kwargs)
+
+
+def is_buffer(tensor_name: str) -> bool:
+    return False  # the position table is a parameter, and merged like any other
+
+
+def create(config: str, *, device: torch.device | str, vae: str = "", **options) -> IMM:
+    """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
+    net = recorded.build(IMMPrecond, {**named(networks, config, "IMM network"), **options})
+    return IMM(net, _vae_of(net, find_vae(vae))).to(device)
+
+
+def load(path: str | Path, *, device: torch.device | str, precision: str = "float32", vae: str = "", **options) -> IMM:
+    """A model from an original .pkl or an own .safetensors, in eval mode; options override the network's constructor's.
+
+    precision: of the autocast in which sampling and decoding run. vae: folder or hub id, see find_vae. Raises NeonError
+    if the file is of no IMM, if its tensors do not fit, or if the VAE is missing or another than the recorded one.
+    """
+    net, known = recorded.load(path, IMMPrecond, "IMM", device, **options)
+    model = IMM(net, _vae_of(net, find_vae(vae, path)), precision).to(device)
+    if model.vae and "vae_sha256" in known and known["vae_sha256"] != model.vae.sha256():
+        raise NeonError(f"{model.vae.source}: not the VAE that {path} was trained with, which was {known['vae']}")
+    return model
+
+
+def _vae_of(net: IMMPrecond, source: str) -> StableDiffusionVAE | None:
+    """Four channels are latents, as in the original; one or three are pixels."""
+    return StableDiffusionVAE(source) if net.img_channels == 4 else None
+
+
+def weights(model: IMM) -> IMMPrecond:
+    return model.net
+
+
+def metadata(model: IMM) -> dict[str, str]:
+    vae = {"vae": model.vae.source, "vae_sha256": model.vae.sha256()} if model.vae else {}
+    return recorded.metadata(model.net) | vae
+
+
+def labels(model: IMM, seeds: torch.Tensor) -> torch.Tensor | None:
+    """The classes in turn: balanced over any range of seeds, and fixed for each."""
+    return seeds % model.net.label_dim if model.net.label_dim else None
+
+
+@torch.no_grad()
+def sample(
+    model: IMM, seeds: torch.Tensor, labels: torch.Tensor | None, *, num_steps: int, cfg_scale: float, schedule: str
+) -> torch.Tensor:
+    """uint8 (N, C, H, W); options: fields of Sampling."""
+    device = model.net.model.pos_embed.device
+    dtype = getattr(torch, model.precision)
+    guidance = None if labels is None or cfg_scale == 1 else cfg_scale
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        x = sample_net(model.net, Streams(seeds, device), labels, steps=num_steps, cfg=guidance, kind=schedule)
+        return decode(model.vae, x) if model.vae else to_uint8(2 * x)
+
+
+def check(model: IMM, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
+    """Raises NeonError if the model cannot be trained on images of that (C, H, W) and labels."""
+    net = model.net
+    side = net.img_resolution * (8 if model.vae else 1)
+    if tuple(shape) != (wanted := (3 if model.vae else net.img_channels, side, side)):
+        raise NeonError(f"images are {tuple(shape)}, this IMM is trained on {wanted}")
+    if net.label_dim and labels is None:
+        raise NeonError("the network is class-conditional, but the images have no labels")
+    if net.label_dim and not 0 <= labels.min() <= labels.max() < net.label_dim:
+        raise NeonError(f"labels must lie in 0…{net.label_dim - 1}, the set has {labels.min()}…{labels.max()}")
+
+
+def loss(
+    model: IMM, images: torch.Tensor, labels: torch.Tensor | None, generator: torch.Generator, **options
+) -> torch.Tensor:
+    """Mean over groups of the moment-matching loss; options are those of moment_matching_loss.
+
+    Every visit of an image draws another latent from its posterior. Pixels are trained on at half their range,
+    which has about the standard deviation sigma_data. Raises NeonError unless the batch is a multiple of four.
+    """
+    net = model.net
+    if model.vae:
+        moments = encode(model.vae, images)
+        noise = torch.randn(moments[:, :4].shape, generator=generator, device=generator.device)
+        x = sample_posterior(moments, noise.to(moments.device))
+    else:
+        x = (images.float() / 127.5 - 1) / 2
+    rows = F.one_hot(labels, net.label_dim).float() if net.label_dim else x.new_zeros(len(x), 0)
+    return moment_matching_loss(net, x, rows, draw(x, generator), **options).mean()
