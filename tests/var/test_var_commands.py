@@ -301,7 +301,7 @@ def test_errors(checkout, tmp_path):
     assert "no labels" in error_of(*options)
     small = write_images(tmp_path / "small", (1, 16, 16), 4, 10)
     options[options.index("--data") + 1] = small
-    assert "this VAR is trained on (1, 8, 8)" in error_of(*options)
+    assert "the network is trained on (1, 8, 8)" in error_of(*options)
     generate = generating(tmp_path / "alone", tmp_path / "S")
     (tmp_path / "alone" / "checkpoints").mkdir(parents=True)
     (tmp_path / "alone" / "checkpoints" / "tiny.pth").symlink_to(checkout / "checkpoints" / "tiny.pth")
