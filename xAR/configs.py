@@ -20,7 +20,7 @@ NETWORKS = {
         "dropout": 0.0,
         "vae": None,
     },
-    # 16×16 images, for tests
+    # 8×8 images, for tests
     "tiny": {
         "dim": 32,
         "depth": 1,
@@ -29,7 +29,7 @@ NETWORKS = {
         "cell": 2,
         "channels": 8,
         "classes": 10,
-        "vae": {"width": 8, "multipliers": [1, 2, 2], "groups": 4},
+        "vae": {"width": 8, "multipliers": [1, 2], "groups": 4},
     },
 }
 
@@ -58,22 +58,21 @@ RECIPES = {
     "digits_base": Recipe(
         batch=64,
         lr=2e-3,
-        budget=64_000,
-        snapshot=64_000,
+        budget=51_200,
+        snapshot=51_200,
         ramp=6_400,
         anneal="linear",
         optimizer="adamw",
         betas=(0.9, 0.96),
         weight_decay=0.02,
-        ema_halflife=3_200,
         clip=1.0,
     ),
     "digits": Recipe(
         batch=64,
-        lr=1e-4,
-        budget=12_800,
-        snapshot=12_800,
-        ramp=12_800,
+        lr=1.5e-4,
+        budget=9_600,
+        snapshot=9_600,
+        ramp=9_600,
         optimizer="adamw",
         betas=(0.9, 0.96),
         weight_decay=0.02,

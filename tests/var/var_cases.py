@@ -1,12 +1,9 @@
-"""Checkpoints and images that the tests of VAR share."""
+"""Checkpoints that the tests of VAR share."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from neon.data import encode_png, image_name
 from VAR.configs import CONFIGS
 from VAR.family import RELEASED_VQVAE
 from VAR.transformer import Transformer
@@ -33,20 +30,3 @@ def write_pair(folder: Path, config, name: str = "var.pth", seed: int = 0) -> Pa
     torch.nn.init.normal_(vqvae.quantize.embedding.weight)
     torch.save(vqvae.state_dict(), folder / RELEASED_VQVAE)
     return folder / name
-
-
-def write_images(folder: Path, shape, n: int, classes: int, labelled: bool = True) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 256, (n, *shape), dtype=np.uint8)
-    for i, image in enumerate(pixels):
-        file = folder / image_name(i)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encode_png(torch.from_numpy(image)))
-    pairs = [[image_name(i), i % classes] for i in range(n)]
-    (folder / "dataset.json").write_text(json.dumps({"labels": pairs if labelled else None}))
-    return folder
-
-
-def write_reference(path: Path, dim: int = 2048) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, mu=np.full(dim, 0.4), sigma=0.2 * np.eye(dim))
-    return path
