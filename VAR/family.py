@@ -11,8 +11,9 @@ from torch import nn
 
 from neon import NeonError
 from neon.checkpoint import load_into, load_weights, open_weights
-from neon.family import named
+from neon.family import check_images, named
 from neon.io import existing, sha256
+from neon.precision import autocast
 from neon.sampling import Streams
 from VAR.augment import enlarged_crops
 from VAR.configs import CONFIGS as networks
@@ -161,8 +162,7 @@ def labels(model: VAR, seeds: torch.Tensor) -> torch.Tensor:
 def sample(model: VAR, seeds: torch.Tensor, labels: torch.Tensor | None, **kappa) -> torch.Tensor:
     """uint8 (N, C, S, S); kappa: fields of Sampling. labels None: each image draws its class from its own stream."""
     device = model.transformer.pos_start.device
-    dtype = getattr(torch, model.precision)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with autocast(device, model.precision):
         images = sample_images(model.transformer, model.vqvae, labels, Streams(seeds, device), **kappa)
     return to_uint8(images)
 
@@ -170,12 +170,7 @@ def sample(model: VAR, seeds: torch.Tensor, labels: torch.Tensor | None, **kappa
 def check(model: VAR, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
     """Raises NeonError if the model cannot be trained on images of that (C, H, W) and labels."""
     config = model.config
-    if tuple(shape) != (wanted := (config.image_channels, config.image_side, config.image_side)):
-        raise NeonError(f"images are {tuple(shape)}, this VAR is trained on {wanted}")
-    if labels is None:
-        raise NeonError("VAR is trained on labelled images; the set has no labels")
-    if not 0 <= labels.min() <= labels.max() < config.classes:
-        raise NeonError(f"labels must lie in 0…{config.classes - 1}, the set has {labels.min()}…{labels.max()}")
+    check_images(shape, labels, (config.image_channels, config.image_side, config.image_side), config.classes)
 
 
 def loss(

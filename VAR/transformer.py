@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neon.precision import autocast
 from VAR.configs import Config
-from VAR.vqvae import full_precision
 
 Cache = list[tuple[Tensor, Tensor] | None]  # keys and values of every block
 
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
 
     def embed(self, s: Tensor, inputs: Tensor, first: int) -> Tensor:
         """Float32 embeddings (B, n, C) of the n tokens from number `first` on; token 0 is s, not one of the inputs."""
-        with full_precision(s.device):
+        with autocast(s.device, "float32"):
             x = self.word_embed(inputs.float())
             if first == 0:
                 x = torch.cat([s.unsqueeze(1) + self.pos_start, x], dim=1)

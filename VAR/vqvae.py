@@ -7,15 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from VAR.autoencoder import Decoder, Encoder
+from neon.autoencoder import Decoder, Encoder
+from neon.precision import autocast
 from VAR.configs import Config
 
 PHIS = 4
-
-
-def full_precision(device: torch.device) -> torch.autocast:
-    """Context in which an enclosing autocast has no effect."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def phi_table(scales: int) -> list[int]:
@@ -80,7 +76,7 @@ class Quantizer(nn.Module):
 
         (B, L−1, c) float32.
         """
-        with full_precision(ids.device):
+        with autocast(ids.device, "float32"):
             sums = zip(range(1, len(self.sides)), self.partial_sums(ids))
             return torch.cat([self.tokens(f_hat, k) for k, f_hat in sums], dim=1)
 
@@ -104,7 +100,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, L) int64. In float32 whatever the autocast: half precision would change codes."""
-        with full_precision(images.device):
+        with autocast(images.device, "float32"):
             f = self.quant_conv(self.encoder(images))
             return torch.cat([ids for ids, _ in self.quantize.stages(f)], dim=1)
 

@@ -16,8 +16,8 @@ from edm.loss import edm_loss
 from edm.network import EDMPrecond
 from edm.sampler import from_uint8, start
 from edm.sampler import sample as edm_sample
-from neon import NeonError, recorded
-from neon.family import named
+from neon import recorded
+from neon.family import check_images, named
 
 __all__ = [
     "Sampling",
@@ -99,12 +99,7 @@ def sample(model: EDMPrecond, seeds: torch.Tensor, labels: torch.Tensor | None, 
 def check(model: EDMPrecond, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
     """Raises NeonError if the network cannot be trained on images of that (C, H, W) and labels."""
     wanted = (model.img_channels, model.img_resolution, model.img_resolution)
-    if shape != wanted:
-        raise NeonError(f"the images are {shape} (channels, height, width), the network makes {wanted}")
-    if model.label_dim and labels is None:
-        raise NeonError("the network is class-conditional, but the images have no labels")
-    if model.label_dim and not 0 <= labels.min() <= labels.max() < model.label_dim:
-        raise NeonError(f"labels run from {labels.min()} to {labels.max()}, the network has {model.label_dim} classes")
+    check_images(shape, labels, wanted, model.label_dim)
 
 
 def loss(

@@ -10,7 +10,7 @@ import torch
 
 from neon import NeonError
 
-FAMILIES = {"edm": "edm.family", "var": "VAR.family", "imm": "imm.family"}
+FAMILIES = {"edm": "edm.family", "var": "VAR.family", "xar": "xAR.family", "imm": "imm.family"}
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,19 @@ def get_family(name: str) -> Family:
     if name not in FAMILIES:
         raise NeonError(f"unknown family {name!r} (know {', '.join(FAMILIES)})")
     return importlib.import_module(FAMILIES[name])
+
+
+def check_images(shape: tuple[int, ...], labels: torch.Tensor | None, wanted: tuple[int, ...], classes: int) -> None:
+    """Raises NeonError unless images of that (C, H, W), with labels in [0, classes), can train a network on `wanted`.
+
+    classes = 0: the network takes no labels.
+    """
+    if tuple(shape) != tuple(wanted):
+        raise NeonError(f"images are {tuple(shape)}, the network is trained on {tuple(wanted)}")
+    if classes and labels is None:
+        raise NeonError("the network is trained on labelled images; the set has no labels")
+    if classes and not 0 <= labels.min() <= labels.max() < classes:
+        raise NeonError(f"labels must lie in 0…{classes - 1}, the set has {labels.min()}…{labels.max()}")
 
 
 def named(table: Mapping[str, object], name: str, what: str):

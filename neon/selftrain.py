@@ -18,6 +18,7 @@ from neon.data import ORDERS, ImageSet, batches
 from neon.distributed import World
 from neon.family import Family, Recipe
 from neon.io import progress
+from neon.precision import autocast
 
 STATE = "state.safetensors"
 
@@ -90,7 +91,7 @@ def train(
             for part in torch.arange(share).split(micro_batch or share):
                 x = pixels[part].to(world.device, non_blocking=True)
                 y = None if labels is None else labels[part].to(world.device, non_blocking=True)
-                with _autocast(recipe, world):
+                with autocast(world.device, recipe.precision):
                     loss = family.loss(model, x, y, generator, **recipe.loss) * (len(part) / share)
                 scaler.scale(loss).backward()
                 total += loss.detach()
@@ -151,11 +152,6 @@ def _seed_step(generator: torch.Generator, seed: int, images: int, rank: int) ->
     loss_seed, dropout_seed = np.random.SeedSequence([seed, images, rank]).generate_state(2, np.uint64) >> np.uint64(1)
     generator.manual_seed(int(loss_seed))
     torch.manual_seed(int(dropout_seed))
-
-
-def _autocast(recipe: Recipe, world: World):
-    dtype = getattr(torch, recipe.precision)
-    return torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def _crosses(images: int, batch: int, every: int) -> bool:

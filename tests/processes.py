@@ -4,6 +4,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import socket
@@ -121,6 +122,24 @@ def run(command: str, cwd: Path) -> subprocess.CompletedProcess:
         name, _, value = words.pop(0).partition("=")
         variables[name] = os.pathsep.join(filter(None, [value, os.environ.get(name)]))
     return subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=1500)
+
+
+def released_fid(
+    command: str, cwd: Path, processes: int, n: int, batch: int, features: str = "--features inception:random"
+) -> float:
+    """What a command of the README prints, with fewer images and processes and Inception with random weights."""
+    for pattern, value in [
+        (r"--nproc_per_node=8", f"--nproc_per_node={processes}"),
+        (r"--num_images 50000", f"--num_images {n}"),
+        (r"--batch_size \d+", f"--batch_size {batch}"),
+    ]:
+        command, found = re.subn(pattern, value, command)
+        assert found == 1
+    result = run(f"{command} --metrics fid {features}", cwd)
+    assert result.returncode == 0, result.stderr[-2000:]
+    (line,) = result.stdout.strip().splitlines()
+    assert re.fullmatch(rf"FID \d+\.\d+  \([^()]+ px, cfg [\d.]+.*, {n} images, [\d.]+ s\)", line)
+    return float(line.split()[1])
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -13,13 +13,6 @@ from torch import Tensor, nn
 
 from neon import NeonError
 
-CONFIGS = {
-    "base": {"dim": 768, "depth": 8, "heads": 12},
-    "large": {"dim": 1024, "depth": 16, "heads": 16},
-    # 8x8 grey digits as 4x4 patches of 2x2 pixels, no autoencoder
-    "digits": {"dim": 64, "depth": 2, "heads": 4, "side": 4, "cell": 2, "channels": 4, "classes": 10, "dropout": 0.0},
-}
-
 
 def to_cells(x: Tensor, cell: int) -> Tensor:
     """Map (B, C, S, S) → sequence (B, S·S, C): cells of side `cell` in raster order, raster order inside each."""
@@ -152,7 +145,7 @@ class Block(nn.Module):
 class XAR(nn.Module):
     """Two stacks of blocks in a row (depth each) over the cells of a latent map.
 
-    dim, depth, heads: see CONFIGS; dim/heads a multiple of 4. side: of the latent map; cell: of a cell, a proper
+    dim, depth, heads: see xAR.configs; dim/heads a multiple of 4. side: of the latent map; cell: of a cell, a proper
     divisor of side. channels: of the latent. classes: label `classes` means none. dropout: of attention weights,
     projections and MLPs. Raises NeonError for sizes that do not fit.
     """
@@ -173,7 +166,7 @@ class XAR(nn.Module):
             raise NeonError(f"xAR: width {dim} does not split into {heads} heads of a multiple of 4")
         if side % cell or side == cell:
             raise NeonError(f"xAR: a map of side {side} does not split into two or more cells of side {cell} each way")
-        self.cell, self.channels, self.classes = cell, channels, classes
+        self.side, self.cell, self.channels, self.classes = side, cell, channels, classes
         self.cells, self.size = (side // cell) ** 2, cell**2  # cells in a map, positions in a cell
         positions = side**2
 

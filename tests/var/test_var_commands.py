@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import error_of, files, finish, kill_when, neon, ranks, run, start
+from processes import error_of, files, finish, kill_when, neon, ranks, released_fid, run, start
 from sets import write_images, write_reference
 from var_cases import write_pair
 
@@ -48,24 +48,6 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def fid(
-    command: str, cwd: Path, processes: int, n: int, batch: int, features: str = "--features inception:random"
-) -> float:
-    """What the README's command prints, with fewer images and processes and Inception with random weights."""
-    for pattern, value in [
-        (r"--nproc_per_node=8", f"--nproc_per_node={processes}"),
-        (r"--num_images 50000", f"--num_images {n}"),
-        (r"--batch_size \d+", f"--batch_size {batch}"),
-    ]:
-        command, found = re.subn(pattern, value, command)
-        assert found == 1
-    result = run(f"{command} --metrics fid {features}", cwd)
-    assert result.returncode == 0, result.stderr[-2000:]
-    (line,) = result.stdout.strip().splitlines()
-    assert re.fullmatch(rf"FID \d+\.\d+  \(VAR d\d+, \d+ px, cfg [\d.]+, {n} images, [\d.]+ s\)", line)
-    return float(line.split()[1])
-
-
 def tiny_version(command: str, side: int) -> str:
     command = re.sub(r"checkpoints/\S+", "checkpoints/tiny.pth", command)
     command = re.sub(r"fid_stats/\S+", "small.npz", command)
@@ -79,7 +61,7 @@ def test_the_readme_has_both_commands():
 @pytest.mark.parametrize("side", [256, 512])
 def test_same_fid_for_one_and_two_processes_and_batch_sizes(checkout, side):
     command = tiny_version(COMMANDS[side], side)
-    one, two = fid(command, checkout, 1, 50, 50, SMALL), fid(command, checkout, 2, 50, 7, SMALL)
+    one, two = released_fid(command, checkout, 1, 50, 50, SMALL), released_fid(command, checkout, 2, 50, 7, SMALL)
     assert one == pytest.approx(two, rel=1e-4)  # a level of a pixel may change where truncation falls on an edge
 
 
@@ -290,7 +272,7 @@ def test_errors(checkout, tmp_path):
     assert "no labels" in error_of(*options)
     small = write_images(tmp_path / "small", (1, 16, 16), 4, 10)
     options[options.index("--data") + 1] = small
-    assert "this VAR is trained on (1, 8, 8)" in error_of(*options)
+    assert "the network is trained on (1, 8, 8)" in error_of(*options)
     generate = generating(tmp_path / "alone", tmp_path / "S")
     (tmp_path / "alone" / "checkpoints").mkdir(parents=True)
     (tmp_path / "alone" / "checkpoints" / "tiny.pth").symlink_to(checkout / "checkpoints" / "tiny.pth")
@@ -306,7 +288,7 @@ def test_errors(checkout, tmp_path):
 @pytest.mark.timeout(3600)
 def test_d16_at_256_as_in_the_readme(checkout):
     write_pair(checkout / "checkpoints", CONFIGS["d16_256"], "Neon_VARd16_imagenet256.pth")
-    one, two = fid(COMMANDS[256], checkout, 1, 3, 3), fid(COMMANDS[256], checkout, 2, 3, 1)
+    one, two = released_fid(COMMANDS[256], checkout, 1, 3, 3), released_fid(COMMANDS[256], checkout, 2, 3, 1)
     assert one == pytest.approx(two, rel=1e-4)
 
 
@@ -317,4 +299,5 @@ def test_d36_at_512_two_blocks_deep(checkout):
     config = dataclasses.replace(CONFIGS["d36_512"], depth=2)
     write_pair(checkout / "checkpoints", config, "Neon_VARd36_imagenet512.pth")
     shallow = COMMANDS[512] + " --depth 2"
-    assert fid(shallow, checkout, 1, 2, 2) == pytest.approx(fid(shallow, checkout, 2, 2, 1), rel=1e-4)
+    one, two = released_fid(shallow, checkout, 1, 2, 2), released_fid(shallow, checkout, 2, 2, 1)
+    assert one == pytest.approx(two, rel=1e-4)

@@ -211,7 +211,7 @@ def test_images_that_cannot_be_trained_on(model):
     family.check(model, (3, 64, 64), torch.arange(10))
     with pytest.raises(NeonError, match="no labels"):
         family.check(model, (3, 64, 64), None)
-    with pytest.raises(NeonError, match=r"images are \(1, 64, 64\), this VAR is trained on \(3, 64, 64\)"):
+    with pytest.raises(NeonError, match=r"images are \(1, 64, 64\), the network is trained on \(3, 64, 64\)"):
         family.check(model, (1, 64, 64), torch.arange(10))
     with pytest.raises(NeonError, match=r"labels must lie in 0…9, the set has 0…10"):
         family.check(model, (3, 64, 64), torch.arange(11))

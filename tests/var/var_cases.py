@@ -1,4 +1,4 @@
-"""Checkpoints and images that the tests of VAR share."""
+"""Checkpoints that the tests of VAR share."""
 
 from pathlib import Path
 

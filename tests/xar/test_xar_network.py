@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neon import NeonError
+from xAR.configs import NETWORKS
+from xAR.family import new_transformer
 from xAR.loss import Draws, draw, noisy_context_loss
-from xAR.network import CONFIGS, XAR, Block, Rope, TimeEmbed, block_mask, sinusoid, to_cells, to_map
+from xAR.network import XAR, Block, Rope, TimeEmbed, block_mask, sinusoid, to_cells, to_map
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "xar"
 TINY = {"dim": 32, "depth": 2, "heads": 2, "dropout": 0.0}
@@ -43,7 +45,7 @@ def training_case():
 def test_state_dict_is_the_released_one(name):
     manifest = json.loads((GOLDEN / f"manifest_{name}.json").read_text())
     with torch.device("meta"):
-        model = XAR(**CONFIGS[name])
+        model = new_transformer(NETWORKS[f"xar_{name}"])
     expected = [(e["name"], e["shape"], f"torch.{e['dtype']}") for e in manifest["entries"]]
     assert [(name, list(x.shape), str(x.dtype)) for name, x in model.state_dict().items()] == expected
     parameters = {e["name"] for e in manifest["entries"] if e["kind"] == "param"}
@@ -165,7 +167,7 @@ def test_cells_and_map_are_inverse(n, cell, channels):
 
 
 def test_a_cell_sees_itself_and_the_cells_before():
-    model = fill_parameters(XAR(**CONFIGS["digits"])).eval()
+    model = fill_parameters(new_transformer(NETWORKS["digits"])).eval()
     x, t, labels = torch.randn(1, 16, 4, requires_grad=True), torch.rand(1, 4), torch.tensor([7])
     velocity = model(x, t, labels)
     for cell, part in enumerate(velocity.split(model.size, 1)):
@@ -175,7 +177,7 @@ def test_a_cell_sees_itself_and_the_cells_before():
 
 
 def test_draws_follow_the_generator():
-    model = XAR(**CONFIGS["digits"])
+    model = new_transformer(NETWORKS["digits"])
     first, again = (draw(model, 3, torch.Generator().manual_seed(5)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert [tuple(x.shape) for x in first] == [(3,), (3, 4), (3, 16, 4)]
@@ -185,7 +187,7 @@ def test_draws_follow_the_generator():
 def test_digits_learn():
     """Two images are learnt. A constant is at 1.33 at best, the variance of the noise plus that of the images."""
     torch.manual_seed(0)
-    model = XAR(**CONFIGS["digits"])
+    model = new_transformer(NETWORKS["digits"])
     latents, labels = torch.rand(2, 4, 4, 4) * 2 - 1, torch.tensor([0, 1])
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,9 @@ from fill import fill_parameters, inputs
 
 from neon import NeonError
 from neon.sampling import Streams
-from xAR.network import CONFIGS, XAR, to_cells
+from xAR.configs import NETWORKS
+from xAR.family import new_transformer
+from xAR.network import XAR, to_cells
 from xAR.sampler import cell_guidance, drift, sample, time_grid
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "xar"
@@ -46,7 +48,7 @@ class Recorded:
 
 def digits(seed=0):
     torch.manual_seed(seed)
-    return XAR(**CONFIGS["digits"]).eval()
+    return new_transformer(NETWORKS["digits"]).eval()
 
 
 @pytest.mark.parametrize(

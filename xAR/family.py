@@ -1,0 +1,178 @@
+"""xAR as the method sees it (neon.family.Family): a transformer that is trained and a frozen VAE."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from neon import NeonError
+from neon.checkpoint import Weights, load_into, load_weights, open_weights
+from neon.family import check_images, named
+from neon.precision import autocast
+from neon.sampling import Streams
+from xAR.configs import NETWORKS as networks
+from xAR.configs import RECIPES as recipes
+from xAR.loss import draw, noisy_context_loss
+from xAR.network import XAR
+from xAR.sampler import sample as sample_latents
+from xAR.vae import AutoencoderKL, Patches, to_uint8
+
+__all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
+
+name = "xar"
+DECODED = 16  # images that pass the VAE's decoder at once, which bounds its memory
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options of the sampler; the defaults are those of the paper's number for xAR-L."""
+
+    cfg: float = 2.7  # guidance of the last cell; it rises from 1, which is none, at the first
+    flow_steps: int = 50  # network calls per cell
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What load and create need beside the checkpoint."""
+
+    vae_path: str = str(Path(__file__).parent / "pretrained" / "kl16.ckpt")  # file of the VAE
+
+
+class Model(nn.Module):
+    """The transformer, not yet filled; what makes latents of images; and the precision in which both sample.
+
+    config: an entry of networks. Raises NeonError if the VAE's file is missing or does not fit.
+    """
+
+    def __init__(self, config: Mapping[str, object], vae_path: str, precision: str = "float32"):
+        super().__init__()
+        self.config, self.precision = dict(config), precision
+        with torch.device("meta"):  # filled from files
+            self.transformer = new_transformer(config)
+            channels, vae = self.transformer.channels, config["vae"]
+            self.vae = AutoencoderKL(channels, **vae) if vae else Patches(channels)
+        self.to_empty(device="cpu")
+        if vae:
+            fill_vae(self.vae, Path(vae_path))
+        self.eval().requires_grad_(False)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        side = self.transformer.side * self.vae.factor
+        return self.vae.image_channels, side, side
+
+    def compile(self, *args, **kwargs):
+        """The blocks, which are alike, so that one compilation serves all of them."""
+        for block in (*self.transformer.encoder_blocks, *self.transformer.decoder_blocks):
+            block.compile(*args, dynamic=True, **kwargs)
+
+
+def new_transformer(config: Mapping[str, object]) -> XAR:
+    return XAR(**{option: value for option, value in config.items() if option != "vae"})
+
+
+def fill_vae(vae: AutoencoderKL, path: Path) -> None:
+    """Read the VAE's weights; the file may hold more than them. Raises NeonError."""
+    if not path.exists():
+        fetch = "hf download xwen99/mar-vae-kl16 --include kl16.ckpt --local-dir xAR/pretrained"
+        raise NeonError(f"{path}: no such file; get the VAE with `{fetch}`, or say where it is with --vae_path")
+    state = load_weights(path)
+    load_into(vae, {name: state[name] for name in vae.state_dict() if name in state}, path)
+
+
+def is_buffer(tensor_name: str) -> bool:
+    return tensor_name == "mask" or ".attn.rope." in tensor_name
+
+
+def create(config: str, *, device: torch.device | str, vae_path: str = Loading.vae_path, **options) -> Model:
+    """A new transformer, initialised from the global generator, beside a trained VAE.
+
+    Raises NeonError for an unknown configuration or if the VAE is missing.
+    """
+    model = Model({**named(networks, config, "xAR network"), **options}, vae_path)
+    model.transformer = new_transformer(model.config).eval()
+    return model.to(device)
+
+
+def load(
+    path: str | Path,
+    *,
+    device: torch.device | str,
+    precision: str = "float32",
+    vae_path: str = Loading.vae_path,
+    **options,
+) -> Model:
+    """A model from an original .pth (flat, or a trainer's: its EMA) or an own .safetensors, in eval mode.
+
+    precision: of the autocast in which sampling and decoding run. options override the configuration's entries.
+    Raises NeonError if the file is of no known xAR, if its tensors do not fit, or if the VAE is missing.
+    """
+    with open_weights(path) as weights:
+        config = {**config_of(weights, path), **options}
+        try:
+            model = Model(config, vae_path, precision)
+        except (TypeError, ValueError, KeyError) as error:
+            raise NeonError(f"{path}: no xAR checkpoint ({error})") from None
+        load_into(model.transformer, weights, path)
+    return model.to(device)
+
+
+def config_of(weights: Weights, path: str | Path) -> dict[str, object]:
+    """The recorded configuration, or for a released file the named one of that many classes and that width."""
+    if "config" in weights.metadata:
+        return json.loads(weights.metadata["config"])
+    shape = weights.spec("class_emb.weight")[1] if "class_emb.weight" in weights else None
+    for config in networks.values():
+        if shape == (config.get("classes", 1000) + 1, config["dim"]):
+            return config
+    raise NeonError(f"{path}: not a checkpoint of an xAR known here ({', '.join(networks)})")
+
+
+def weights(model: Model) -> XAR:
+    return model.transformer
+
+
+def metadata(model: Model) -> dict[str, str]:
+    return {"config": json.dumps(model.config)}
+
+
+def labels(model: Model, seeds: torch.Tensor) -> torch.Tensor:
+    """The classes in turn: balanced over any range of seeds, and fixed for each."""
+    return seeds % model.transformer.classes
+
+
+@torch.no_grad()
+def sample(
+    model: Model, seeds: torch.Tensor, labels: torch.Tensor | None, *, cfg: float, flow_steps: int
+) -> torch.Tensor:
+    """uint8 (N, C, S, S); labels None: no class."""
+    device = model.transformer.mask.device
+    with autocast(device, model.precision):
+        latents = sample_latents(model.transformer, Streams(seeds, device), labels, cfg=cfg, steps=flow_steps)
+        return torch.cat([to_uint8(model.vae.decode(part)) for part in latents.split(DECODED)])
+
+
+def check(model: Model, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
+    """Raises NeonError if the model cannot be trained on images of that (C, H, W) and labels."""
+    check_images(shape, labels, model.image_shape, model.transformer.classes)
+
+
+def loss(
+    model: Model,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    generator: torch.Generator,
+    flip: bool = False,
+) -> torch.Tensor:
+    """Mean squared error of the velocity of the images' latents. flip: mirror every second image, by chance."""
+    net, options = model.transformer, {"generator": generator, "device": generator.device}
+    if flip:
+        mirrored = torch.rand(len(images), 1, 1, 1, **options) < 0.5
+        images = images.flip(-1).where(mirrored.to(images.device), images)
+    noise = torch.randn(len(images), net.channels, net.side, net.side, **options).to(images.device)
+    with torch.no_grad(), autocast(images.device, "float32"):
+        latents = model.vae.encode(images.float() / 127.5 - 1, noise)
+    return noisy_context_loss(net, latents, labels, draw(net, len(images), generator))

@@ -1,0 +1,6 @@
+"""Fine-tune an xAR model on its own samples: `neon selftrain --family xar`."""
+
+from neon.cli import family_script
+
+if __name__ == "__main__":
+    family_script("selftrain", "xar")
