@@ -1,0 +1,216 @@
+"""The commands of IMM as processes, on small checkpoints; the README's own at full size (slow)."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from imm_tiny import TINY, tiny, write_digits, write_pickle, write_vae
+from processes import error_of, finish, kill_when, neon, run, start
+from sets import write_images, write_reference
+
+from imm import family
+from imm.autoencoder import NAME
+from neon import NeonError
+from neon.checkpoint import load_weights
+from neon.features import DigitsCNN, save_digits_cnn
+from neon.merge import merge_tensor
+
+ROOT = Path(__file__).parents[2]
+(COMMAND,) = re.findall(r"^PYTHONPATH=imm torchrun .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+RELEASED, REF = "checkpoints/Neon_imm_imagenet256.pkl", "fid_stats/adm_in256_stats.npz"
+BRIEF = "--batch 4 --budget 12 --snapshot 8 --precision float32"
+SMALL, INCEPTION = "--features digits:cnn.safetensors", "--features inception:random"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """What a user has before typing the commands: imm/ of the code, a small checkpoint and VAE, statistics."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "imm").symlink_to(ROOT / "imm")
+    write_vae(folder / "checkpoints")
+    write_pickle(folder / RELEASED, tiny(), TINY)
+    write_digits(folder / "digits.safetensors")
+    write_images(folder / "S", (1, 8, 8), 24, 10)
+    torch.manual_seed(0)
+    save_digits_cnn(DigitsCNN(), folder / "cnn.safetensors")
+    write_reference(folder / REF)
+    write_reference(folder / "small.npz", 64)
+    return folder
+
+
+def fid(command: str, cwd: Path, processes: int, n: int, batch: int, features: str = INCEPTION) -> float:
+    """What the README's command prints, with fewer images and processes and another feature extractor."""
+    command, found = re.subn(r"--nproc_per_node=8", f"--nproc_per_node={processes}", command)
+    assert found == 1
+    result = run(f"{command} --num_images {n} --batch_size {batch} --metrics fid {features}", cwd)
+    assert result.returncode == 0, result.stderr[-2000:]
+    (line,) = result.stdout.strip().splitlines()
+    assert re.fullmatch(rf"FID \d+\.\d+  \(IMM, 8 uniform steps, cfg 1.8, {n} images, [\d.]+ s\)", line)
+    return float(line.split()[1])
+
+
+def test_the_readmes_command_on_a_pickle_and_a_vae(checkout):
+    assert fid(COMMAND, checkout, 1, 3, 2) > 0
+
+
+def tiny_version(command: str) -> str:
+    return command.replace(RELEASED, "digits.safetensors").replace(REF, "small.npz")
+
+
+def test_same_fid_for_one_and_two_processes_and_batch_sizes(checkout):
+    command = tiny_version(COMMAND)
+    one, two = fid(command, checkout, 1, 50, 50, SMALL), fid(command, checkout, 2, 50, 7, SMALL)
+    assert one == pytest.approx(two, rel=1e-4)  # a level of a pixel may change where truncation falls on an edge
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("--num_steps 0", "at least one step"),
+        ("--network_pkl nowhere.pkl", "no such file"),
+        (f"--network_pkl {RELEASED} --vae nowhere", "get it with `hf download stabilityai/sd-vae-ft-ema"),
+    ],
+)
+def test_errors_are_one_line(checkout, change, message):
+    command = tiny_version(COMMAND).split("nproc_per_node=8 ")[1]
+    result = run(f"python {command} --num_images 2 {SMALL} --metrics fid {change}", checkout)
+    assert result.returncode == 1 and not result.stdout
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+
+
+def test_defaults(checkout):
+    text = run("python imm/calculate_fid.py --help", checkout).stdout
+    assert re.search(r"--num_images .*\n? +default 50000", text)
+    assert re.search(r"--num_steps NUM_STEPS\n +8\n", text) and re.search(r"--cfg_scale CFG_SCALE\n +1.8\n", text)
+    assert "uniform,edm" in text and "--vae" in text and "--seed " in text
+    assert '"--cfg_scale", "1.5"' in (ROOT / "imm" / "generate_dataset.py").read_text()
+
+
+def test_scripts_shadow_nothing():
+    """With imm/ first on the path, its files must not stand in for modules of others."""
+    names = {p.stem for p in (ROOT / "imm").glob("*.py")} - {"__init__"}
+    assert names.isdisjoint(sys.stdlib_module_names)
+    code = f"import importlib.util as u; print([n for n in {sorted(names)} if u.find_spec(n)])"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd="/", env={}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_recipe_from_end_to_end(checkout):
+    """Every script of the folder, in the order of the recipe."""
+    base, few = "digits.safetensors", f"{SMALL} --metrics fid --num_steps 2"
+    measure = f"--family imm --base {base} --ref small.npz {few}"
+    for command in [
+        f"python imm/generate_dataset.py --model {base} --seeds 0-7 --out made --num_steps 2",
+        f"python imm/selftrain.py --base {base} --recipe digits --data made --out run {BRIEF}",
+        f"neon search {measure} --selftrained run --w=0,1 --grid cfg_scale=1,2 --seeds 20-23 --out search.jsonl",
+        f"neon final {measure} --search search.jsonl --seeds 30-33 --out final.jsonl",
+        f"python imm/merge.py --base {base} --selftrained run -w 1.5 --out neon.safetensors",
+        f"python imm/calculate_fid.py --network_pkl neon.safetensors --fid_stats small.npz --num_images 4 {few}",
+    ]:
+        result = run(command, checkout)
+        assert result.returncode == 0, (command, result.stderr[-2000:])
+    rows = [json.loads(line) for line in (checkout / "search.jsonl").read_text().splitlines()]
+    assert {(row["w"], row["cfg_scale"], row["budget"], row["num_synthetic"]) for row in rows} == {
+        *((0, c, 0, 0) for c in (1, 2)),
+        *((1, c, b, 8) for c in (1, 2) for b in (8, 12)),
+    }
+
+
+def test_a_released_pickle_is_self_trained_on_latents_and_merged(checkout, tmp_path):
+    """The recipe's own name, as a script has it; the position table is trained and merged like any other."""
+    paths = [checkout / RELEASED, tmp_path / "run/snapshot-000000012.safetensors", tmp_path / "neon.safetensors"]
+    for command in [
+        f"python imm/generate_dataset.py --model {RELEASED} --seeds 0-7 --out {tmp_path}/S --num_steps 2",
+        f"python imm/selftrain.py --base {RELEASED} --data {tmp_path}/S --out {tmp_path}/run --lr 0.1 {BRIEF}",
+        f"python imm/merge.py --base {RELEASED} --selftrained {paths[1]} -w 1.5 --out {paths[2]}",
+    ]:
+        result = run(command, checkout)
+        assert result.returncode == 0, (command, result.stderr[-2000:])
+    base, trained, merged = map(load_weights, paths)
+    assert list(merged) == list(base) and not torch.equal(trained["model.pos_embed"], base["model.pos_embed"])
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, merge_tensor(base[name], trained[name], 1.5))
+    assert family.load(paths[2], device="cpu", vae=str(checkout / "checkpoints" / NAME)).vae is not None
+    with pytest.raises(NeonError, match="not the VAE that"):
+        family.load(paths[1], device="cpu", vae=str(write_vae(tmp_path, seed=1)))
+
+
+# ---- killed and started again
+
+
+def training(checkout, out):
+    options = ["--batch", 4, "--budget", 48, "--snapshot", 16, "--lr", 1e-3, "--precision", "float32"]
+    base, data = checkout / "digits.safetensors", checkout / "S"
+    return [
+        "selftrain",
+        "--family",
+        "imm",
+        "--base",
+        base,
+        "--recipe",
+        "digits",
+        "--data",
+        data,
+        "--out",
+        out,
+        *options,
+    ]
+
+
+def test_self_training_goes_on(checkout, tmp_path):
+    neon(*training(checkout, tmp_path / "whole"))
+    killed = start(*training(checkout, tmp_path / "killed"))
+    kill_when(lambda: (tmp_path / "killed" / "snapshot-000000016.safetensors").exists(), killed)
+    finish(start(*training(checkout, tmp_path / "killed")))
+    for images in (16, 32, 48):
+        whole, resumed = (
+            load_weights(tmp_path / name / f"snapshot-{images:09d}.safetensors") for name in ("whole", "killed")
+        )
+        assert all(torch.equal(t, resumed[name]) for name, t in whole.items())
+
+
+def test_errors(checkout, tmp_path):
+    command = training(checkout, tmp_path / "out")
+    assert "groups of 4" in error_of(*command, "--batch", 6)
+    command[command.index("--data") + 1] = write_images(tmp_path / "plain", (1, 8, 8), 4, 10, labelled=False)
+    command[command.index("--out") + 1] = tmp_path / "other"
+    assert "no labels" in error_of(*command)
+
+
+# ---- full size
+
+
+@pytest.fixture(scope="module")
+def released(checkout):
+    """Full-size checkpoints of small random weights in the original format, one of them two blocks deep."""
+    kwargs = family.networks["imagenet256"]
+    for name, depth in (("full", 28), ("shallow", 2)):
+        with torch.device("meta"):
+            net = family.IMMPrecond(**kwargs, depth=depth)
+        net.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator), non_blocking=True).mul_(0.02)
+        write_pickle(checkout / "checkpoints" / f"{name}.pkl", net, {**kwargs, "depth": depth})
+        del net
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_readmes_command_at_full_size(checkout, released):
+    assert fid(COMMAND.replace(RELEASED, "checkpoints/full.pkl"), checkout, 1, 2, 2) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_full_width_same_fid_for_one_and_two_processes_and_batch_sizes(checkout, released):
+    shallow = COMMAND.replace(RELEASED, "checkpoints/shallow.pkl")
+    one, two = fid(shallow, checkout, 1, 4, 4), fid(shallow, checkout, 2, 4, 1)
+    assert one == pytest.approx(two, rel=1e-4)
