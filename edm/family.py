@@ -15,11 +15,13 @@ from edm.configs import NETWORKS as networks
 from edm.configs import RECIPES as recipes
 from edm.loss import edm_loss
 from edm.network import EDMPrecond
-from edm.sampler import from_uint8, start
 from edm.sampler import sample as edm_sample
+from edm.sampler import start
 from neon import NeonError
 from neon.checkpoint import check_fits, load_into, open_weights
+from neon.data import check_images
 from neon.family import named
+from neon.sampling import from_uint8
 
 __all__ = [
     "Sampling",
@@ -116,13 +118,7 @@ def sample(model: EDMPrecond, seeds: torch.Tensor, labels: torch.Tensor | None, 
 
 def check(model: EDMPrecond, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
     """Raises NeonError if the network cannot be trained on images of that (C, H, W) and labels."""
-    wanted = (model.img_channels, model.img_resolution, model.img_resolution)
-    if shape != wanted:
-        raise NeonError(f"the images are {shape} (channels, height, width), the network makes {wanted}")
-    if model.label_dim and labels is None:
-        raise NeonError("the network is class-conditional, but the images have no labels")
-    if model.label_dim and not 0 <= labels.min() <= labels.max() < model.label_dim:
-        raise NeonError(f"labels run from {labels.min()} to {labels.max()}, the network has {model.label_dim} classes")
+    check_images(shape, (model.img_channels, model.img_resolution, model.img_resolution), labels, model.label_dim)
 
 
 def loss(

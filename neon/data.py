@@ -91,6 +91,16 @@ class ImageSet:
         return torch.tensor([table[name] for name in self.names])
 
 
+def check_images(shape: tuple[int, ...], wanted: tuple[int, ...], labels: torch.Tensor | None, classes: int) -> None:
+    """Raises NeonError unless a network of `wanted` (C, H, W) and `classes` can be trained on images of that kind."""
+    if tuple(shape) != tuple(wanted):
+        raise NeonError(f"the images are {shape} (channels, height, width), the network makes {wanted}")
+    if classes and labels is None:
+        raise NeonError("the network is class-conditional, but the images have no labels")
+    if classes and not 0 <= labels.min() <= labels.max() < classes:
+        raise NeonError(f"labels run from {labels.min()} to {labels.max()}, the network has {classes} classes")
+
+
 def image_name(index: int) -> str:
     """Where image `index` lies in a set: '00012/img00012345.png'."""
     return f"{index // 1000:05d}/img{index:08d}.png"

@@ -10,7 +10,7 @@ import torch
 
 from neon import NeonError
 
-FAMILIES = {"edm": "edm.family", "var": "VAR.family"}
+FAMILIES = {"edm": "edm.family", "var": "VAR.family", "flow": "flow.family"}
 
 
 @dataclass(frozen=True)
