@@ -14,10 +14,11 @@ from edm.configs import NETWORKS as networks
 from edm.configs import RECIPES as recipes
 from edm.loss import edm_loss
 from edm.network import EDMPrecond
-from edm.sampler import from_uint8, start
 from edm.sampler import sample as edm_sample
+from edm.sampler import start
 from neon import recorded
 from neon.family import check_images, named
+from neon.sampling import from_uint8
 
 __all__ = [
     "Sampling",

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from neon import NeonError
-from neon.sampling import Streams
+from neon.sampling import Streams, to_uint8
+from neon.sampling import start as draw_start
 
 
 def sample(
@@ -35,23 +36,9 @@ def start(
     class_idx: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor | None, Streams]:
-    """What each seed draws first: latents (N, C, H, W) float32; then class indices (N,) if needed and not given.
-
-    Also returns the streams, for the noise of the steps. The classes are None for an unconditional net.
-    """
-    if class_idx is not None and not net.label_dim:
-        raise NeonError("this network is unconditional: sample it without class labels")
-    if class_idx is not None and len(class_idx) != len(seeds):
-        raise NeonError(f"{len(seeds)} seeds but {len(class_idx)} class labels")
-    if class_idx is not None and len(class_idx) and not 0 <= class_idx.min() <= class_idx.max() < net.label_dim:
-        raise NeonError(f"class labels must lie in 0..{net.label_dim - 1}")
-    streams = Streams(seeds, device)
-    latents = streams.randn((net.img_channels, net.img_resolution, net.img_resolution))
-    if class_idx is not None:
-        class_idx = class_idx.to(device)
-    elif net.label_dim:
-        class_idx = streams.randint(net.label_dim)
-    return latents, class_idx, streams
+    """`neon.sampling.start` for this net: latents (N, C, H, W) float32, class indices (N,) or None, streams."""
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    return draw_start(seeds, shape, net.label_dim, class_idx, device)
 
 
 @torch.no_grad()
@@ -109,13 +96,3 @@ def sigma_schedule(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 
         raise NeonError(f"need 0 < sigma_min < sigma_max and rho > 0, not {sigma_min}, {sigma_max} and {rho}")
     ramp = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps, dtype=torch.float64)
     return torch.cat([ramp**rho, ramp.new_zeros(1)])
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Floats, about [-1, 1] → uint8; half a level is added, then the fraction cut, in float64."""
-    return (127.5 * images.double() + 128).clamp(0, 255).to(torch.uint8)
-
-
-def from_uint8(images: torch.Tensor) -> torch.Tensor:
-    """uint8 → float32 in [-1, 1], as the network is trained on."""
-    return images.float() / 127.5 - 1

@@ -30,7 +30,7 @@ from neon import NeonError
 from neon.io import atomic, existing, read_json
 
 # Where the public checkpoints keep the weights that are sampled from, best first; dots step into nested dicts.
-STATE_KEYS = ("model_ema", "ema", "trainer.var_wo_ddp", "var_wo_ddp", "state_dict", "model")
+STATE_KEYS = ("model_ema", "ema_model", "ema", "trainer.var_wo_ddp", "var_wo_ddp", "state_dict", "model")
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -10,7 +10,13 @@ import torch
 
 from neon import NeonError
 
-FAMILIES = {"edm": "edm.family", "var": "VAR.family", "xar": "xAR.family", "imm": "imm.family"}
+FAMILIES = {
+    "edm": "edm.family",
+    "flow": "flow.family",
+    "var": "VAR.family",
+    "xar": "xAR.family",
+    "imm": "imm.family",
+}
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,43 @@ class Streams:
         return out
 
 
+def start(
+    seeds: torch.Tensor | Sequence[int],
+    shape: Sequence[int],
+    classes: int = 0,
+    labels: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor | None, Streams]:
+    """What each seed draws first: noise (N, *shape) float32, then a class (N,) if the model has any and none are given.
+
+    Also returns the streams, for what is drawn later. The classes are None for an unconditional model. Raises NeonError
+    if labels do not go with the seeds or the model.
+    """
+    if labels is not None and not classes:
+        raise NeonError("this network is unconditional: sample it without class labels")
+    if labels is not None and len(labels) != len(seeds):
+        raise NeonError(f"{len(seeds)} seeds but {len(labels)} class labels")
+    if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise NeonError(f"class labels must lie in 0..{classes - 1}")
+    streams = Streams(seeds, device)
+    noise = streams.randn(shape)
+    if labels is not None:
+        labels = labels.to(device)
+    elif classes:
+        labels = streams.randint(classes)
+    return noise, labels, streams
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Floats, about [-1, 1] → uint8; half a level is added, then the fraction cut, in float64."""
+    return (127.5 * images.double() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(images: torch.Tensor) -> torch.Tensor:
+    """uint8 → float32 in [-1, 1], as networks of pixels are trained on."""
+    return images.float() / 127.5 - 1
+
+
 def parse_seeds(text: str) -> torch.Tensor:
     """'0-4', '1,3,8-10' → (N,) int64, in the order written. Raises NeonError."""
     ranges = []

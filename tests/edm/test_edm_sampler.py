@@ -9,9 +9,9 @@ from fill import fill_parameters
 from torch import nn
 from torch.testing import assert_close
 
-from edm.sampler import edm_sampler, from_uint8, sample, sigma_schedule, start, to_uint8
+from edm.sampler import edm_sampler, sample, sigma_schedule, start
 from neon import NeonError
-from neon.sampling import Streams
+from neon.sampling import Streams, from_uint8, to_uint8
 
 CHURN = {"s_churn": 40, "s_min": 0.05, "s_max": 50, "s_noise": 1.003}
 
