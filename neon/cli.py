@@ -72,6 +72,15 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    p = command("download", run_download, "bring the checkpoints and statistics listed in downloads.csv")
+    p.add_argument(
+        "names", nargs="*", metavar="NAME", help="file or group: released, stats, base, vae (default: the first two)"
+    )
+    p.add_argument("--base", action="store_true", help="the bases that the recipes need")
+    p.add_argument("--vae", action="store_true", help="the autoencoders of VAR, xAR and IMM")
+    p.add_argument("--all", action="store_true", help="everything")
+    p.add_argument("--list", action="store_true", help="show what there is to download, and download nothing")
+
     p = command("merge", run_merge, "write θ_r − w (θ_s − θ_r) in the base's format")
     p.add_argument(
         "--base", type=checkpoint, required=True, help="checkpoint of θ_r: .safetensors, .pth, .pt, .ckpt or .pkl"
@@ -248,6 +257,27 @@ def kappa(args, family) -> dict:
 def loading(args, family) -> dict:
     """The family's options of load and create among the arguments."""
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(family.Loading)}
+
+
+def run_download(args) -> None:
+    from neon.fetch import GROUPS, TABLE, bring, choose, read_table, write_table
+
+    rows = read_table()
+    flags = [group for group in ("base", "vae") if getattr(args, group)]
+    chosen = choose(rows, GROUPS if args.all else [*args.names, *flags] or ("released", "stats"))
+    failed = 0
+    for row in chosen:
+        if args.list:
+            there = "here" if Path(row["path"]).exists() else "not here"
+            print(f"{row['group']:9s} {row['path']}  {row['source']}  {there}")
+            continue
+        try:
+            print(f"{row['path']} {bring(row, lambda: write_table(rows))}", flush=True)
+        except NeonError as error:
+            failed += 1
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+    if failed:
+        raise NeonError(f"{failed} of {len(chosen)} files of {TABLE} are not there or not whole")
 
 
 def run_merge(args) -> None:
