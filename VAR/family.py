@@ -127,7 +127,7 @@ def find_vqvae(given: str = "", checkpoint: str | Path | None = None, recorded: 
             return place
     if recorded and Path(recorded).name != RELEASED_VQVAE:
         raise NeonError(f"{recorded}: no such file, and {checkpoint} needs this VQVAE; say where it is with --vae_ckpt")
-    fetch = f"hf download FoundationVision/var {RELEASED_VQVAE} --local-dir checkpoints"
+    fetch = f"bash download_models.sh {RELEASED_VQVAE}"
     raise NeonError(f"the VQVAE is missing; get it with `{fetch}`, or say where it is with --vae_ckpt")
 
 

@@ -72,6 +72,15 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    p = command("download", run_download, "bring the checkpoints and statistics listed in downloads.csv")
+    p.add_argument(
+        "names", nargs="*", metavar="NAME", help="file or group: released, stats, base, vae (default: the first two)"
+    )
+    p.add_argument("--base", action="store_true", help="the bases that the recipes need")
+    p.add_argument("--vae", action="store_true", help="the autoencoders of VAR, xAR and IMM")
+    p.add_argument("--all", action="store_true", help="everything")
+    p.add_argument("--list", action="store_true", help="show what there is to download, and download nothing")
+
     p = command("merge", run_merge, "write θ_r − w (θ_s − θ_r) in the base's format")
     p.add_argument(
         "--base", type=checkpoint, required=True, help="checkpoint of θ_r: .safetensors, .pth, .pt, .ckpt or .pkl"
@@ -150,7 +159,10 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     p.add_argument("--key", help="where the state dict lies in a nested file")
 
     p = command("reference", run_reference, "statistics of real images, for FID, KID, precision and recall")
-    p.add_argument("--images", required=True, help="folder or .zip")
+    p.add_argument("--images", help="folder, .zip, or .parquet files (a folder of them, or 'train-*.parquet')")
+    p.add_argument("--size", type=count, help="crop the middle and scale to so many pixels, as ADM did with ImageNet")
+    p.add_argument("--statistics", help=".npz with published mu and sigma to keep; the images then add features alone")
+    p.add_argument("--keep", type=count, default=50_000, help="images whose features are kept (default %(default)s)")
     p.add_argument("--features", default="inception", help="feature extractor (default %(default)s)")
     p.add_argument("--out", required=True, help=".npz")
     p.add_argument("--batch_size", type=count, default=256)
@@ -191,7 +203,11 @@ def _add_fields(p, options: type) -> None:
 
 def add_metrics(p: argparse.ArgumentParser) -> None:
     p.add_argument("--features", default="inception", help="inception[:PATH], inception:random, digits:PATH")
-    p.add_argument("--metrics", default="fid,is", help="of fid, is, kid, precision, recall (default %(default)s)")
+    p.add_argument(
+        "--metrics",
+        default="fid,is",
+        help="of fid, is, kid, precision, recall (default %(default)s); all: what the reference and features allow",
+    )
 
 
 def _add_training(p: argparse.ArgumentParser, family) -> None:
@@ -264,6 +280,27 @@ def kappa(args, family) -> dict:
 def loading(args, family) -> dict:
     """The family's options of load and create among the arguments."""
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(family.Loading)}
+
+
+def run_download(args) -> None:
+    from neon.fetch import GROUPS, TABLE, bring, choose, read_table, write_table
+
+    rows = read_table()
+    flags = [group for group in ("base", "vae") if getattr(args, group)]
+    chosen = choose(rows, GROUPS if args.all else [*args.names, *flags] or ("released", "stats"))
+    failed = 0
+    for row in chosen:
+        if args.list:
+            there = "here" if Path(row["path"]).exists() else "not here"
+            print(f"{row['group']:9s} {row['path']}  {row['source']}  {there}")
+            continue
+        try:
+            print(f"{row['path']} {bring(row, lambda: write_table(rows))}", flush=True)
+        except NeonError as error:
+            failed += 1
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+    if failed:
+        raise NeonError(f"{failed} of {len(chosen)} files of {TABLE} are not there or not whole")
 
 
 def run_merge(args) -> None:
@@ -371,19 +408,14 @@ def _rows(args, here):
 
 
 def _evaluation(args, here):
-    from neon.evaluate import Evaluation
+    from neon.evaluate import Evaluation, parse_metrics
     from neon.features import load_extractor
     from neon.metrics import load_reference
     from neon.sampling import parse_seeds
 
-    return Evaluation(
-        parse_seeds(args.seeds),
-        load_extractor(args.features, here.device),
-        load_reference(args.ref),
-        tuple(args.metrics.split(",")),
-        args.batch_size,
-        here,
-    )
+    extractor, reference = load_extractor(args.features, here.device), load_reference(args.ref)
+    metrics = parse_metrics(args.metrics, extractor, reference)
+    return Evaluation(parse_seeds(args.seeds), extractor, reference, metrics, args.batch_size, here)
 
 
 def run_evaluate(args) -> None:
@@ -412,7 +444,7 @@ def run_search(args) -> None:
     from neon.search import grid, parse_grid, scorer
     from neon.selftrain import snapshots
 
-    if "fid" not in args.metrics.split(","):
+    if not {"fid", "all"} & set(args.metrics.split(",")):
         raise NeonError("a search goes by FID: let --metrics begin with fid")
     family = get_family(args.family)
     grids = dict(_grid_option(text, family) for text in args.grid)
@@ -455,7 +487,7 @@ def run_final(args) -> None:
     from neon.distributed import world
     from neon.family import get_family
     from neon.io import existing
-    from neon.search import Rows, digest, final_points, key_of, measure
+    from neon.search import Rows, check_sampled_alike, digest, final_points, key_of, measure
 
     family = get_family(args.family)
     searched = list(Rows(existing(args.search), write=False).rows.values())
@@ -466,6 +498,7 @@ def run_final(args) -> None:
     points = final_points(searched, [field.name for field in dataclasses.fields(family.Sampling)])
     with world(args.device, args.tf32) as here:
         evaluation, options = _evaluation(args, here), kappa(args, family)
+        check_sampled_alike(searched, {**options, "dtype": args.precision, "features": evaluation.extractor.name})
         candidates = _candidates(args, args.base, family, here)
         rows = _rows(args, here)
         measured: dict = {}
@@ -527,12 +560,18 @@ def run_reference(args) -> None:
     from neon.distributed import world
     from neon.evaluate import reference_of
     from neon.features import load_extractor
-    from neon.metrics import save_reference
+    from neon.metrics import load_reference, save_reference
 
     if Path(args.out).suffix != ".npz":
         raise NeonError(f"{args.out}: reference statistics are written as .npz")
+    if not (args.images or args.statistics):
+        raise NeonError("nothing to make a reference of: give --images, --statistics or both")
+    published = load_reference(args.statistics) if args.statistics else None
     with world(args.device) as here:
-        reference = reference_of(ImageSet(args.images), load_extractor(args.features, here.device), args.batch_size)
+        reference = published
+        if args.images:
+            images, extractor = ImageSet(args.images, args.size), load_extractor(args.features, here.device)
+            reference = reference_of(images, extractor, args.batch_size, args.keep, published, here)
         if here.rank == 0:
             save_reference(reference, args.out)
 

@@ -1,16 +1,20 @@
-"""Image sets on disk, in EDM's convention, and the order in which training sees them.
+"""Image sets on disk, and the order in which training sees them.
 
-A set is a folder or an uncompressed .zip with images in numbered subfolders and a `dataset.json`
-{"labels": [["00000/img00000000.png", 3], …]} (null for an unlabelled set).
+A set is a folder or an uncompressed .zip with images in any subfolders and, in EDM's convention, a `dataset.json`
+{"labels": [["00000/img00000000.png", 3], …]} (null for an unlabelled set); or parquet files as the hub lays them out,
+with a column of encoded images and maybe one of labels.
 """
 
+import glob
 import io
 import itertools
 import json
 import operator
+import threading
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +30,20 @@ IN_MEMORY = 2**30  # bytes of decoded images that are kept
 
 
 class ImageSet:
-    """Images and labels of a folder or .zip.
+    """Images and labels of a folder, .zip, or .parquet files (one, a folder of them, or a pattern with *).
 
     labels: int64 (n,) or None; shape: (C, H, W) of every image. Grey images have one channel, all others three.
-    Raises NeonError if there are no images, or labels that do not cover them.
+    size: every image is made RGB, size × size pixels (centre_crop). Raises NeonError if there are no images, or labels
+    that do not cover them.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = existing(path)
+    def __init__(self, path: str | Path, size: int | None = None):
+        self.path, self.size = Path(path), size
         self._zip = None
-        if self.path.is_dir():
+        if parquet := _parquet_files(self.path):
+            self._zip = _Parquet(parquet)
+            files = self._zip.namelist()
+        elif existing(self.path).is_dir():
             files = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*")]
         else:
             try:
@@ -70,6 +78,8 @@ class ImageSet:
         name = self.names[index]
         try:
             image = Image.open(io.BytesIO(self._read(name)))
+            if self.size:
+                image = centre_crop(image.convert("RGB"), self.size)
             pixels = np.array(image if image.mode == "L" else image.convert("RGB"))
         except Exception as error:  # PIL raises many kinds
             raise NeonError(f"{self.path}: {name} is not a readable image ({error})") from None
@@ -90,6 +100,66 @@ class ImageSet:
         if unlabelled:
             raise NeonError(f"{self.path}: dataset.json has no label for {unlabelled[0]}")
         return torch.tensor([table[name] for name in self.names])
+
+
+def _parquet_files(path: Path) -> list[str]:
+    if path.is_dir():
+        return sorted(str(p) for p in path.rglob("*.parquet"))
+    found = sorted(glob.glob(str(path))) if "*" in path.name else [str(path)]
+    return [p for p in found if p.endswith(".parquet") and Path(p).exists()]
+
+
+class _Parquet:
+    """Parquet files read like a zip: one name per row, and dataset.json if there are labels."""
+
+    def __init__(self, files: list[str]):
+        import pyarrow
+        import pyarrow.parquet
+
+        self._lock = threading.Lock()  # the reader of a file is not for several threads
+        self._rows: dict[str, tuple[int, int, int]] = {}  # name → file, row group, row
+        labels = []
+        try:
+            self._files = [pyarrow.parquet.ParquetFile(file) for file in files]
+            columns = self._files[0].schema_arrow.names
+            self._images = next((name for name in columns if name in ("image", "img", "jpg", "png")), columns[0])
+            label = next((name for name in columns if name in ("label", "fine_label", "cls")), None)
+            for f, file in enumerate(self._files):
+                for group in range(file.num_row_groups):
+                    for row in range(file.metadata.row_group(group).num_rows):
+                        self._rows[f"{len(self._rows):08d}.png"] = f, group, row
+                labels += file.read([label])[label].to_pylist() if label else []
+        except (OSError, pyarrow.ArrowException, IndexError) as error:
+            raise NeonError(f"{files[0]}: no parquet file of images ({error})") from None
+        self._labels = json.dumps({"labels": list(zip(self._rows, labels)) or None}).encode()
+        self._group = lru_cache(maxsize=4)(self._read_group)
+
+    def namelist(self) -> list[str]:
+        return [*self._rows, "dataset.json"]
+
+    def read(self, name: str) -> bytes:
+        if name == "dataset.json":
+            return self._labels
+        f, group, row = self._rows[name]
+        with self._lock:
+            image = self._group(f, group)[row].as_py()
+        return image["bytes"] if isinstance(image, dict) else image
+
+    def _read_group(self, f: int, group: int):
+        return self._files[f].read_row_group(group, [self._images])[self._images]
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The square in the middle at size × size pixels, as ADM prepared ImageNet (Dhariwal & Nichol 2021).
+
+    Halved with a box filter while the shorter side stays at least 2·size, then scaled bicubically to `size`.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def image_name(index: int) -> str:

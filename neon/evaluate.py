@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from neon import NeonError, metrics
+from neon.data import ImageSet
 from neon.distributed import World
 from neon.features import Extractor
 from neon.io import progress
@@ -17,6 +19,14 @@ from neon.sampling import shard
 
 ALONE = World()
 METRICS = ("fid", "is", "kid", "precision", "recall")
+
+
+def parse_metrics(text: str, extractor: Extractor, reference: Reference) -> tuple[str, ...]:
+    """'fid,is' → its parts; 'all' → every metric that the extractor and the reference allow."""
+    if text != "all":
+        return tuple(text.split(","))
+    allowed = {"fid": True, "is": bool(extractor.classes)}
+    return tuple(m for m in METRICS if allowed.get(m, reference.features is not None))
 
 
 @dataclass(frozen=True)
@@ -106,16 +116,36 @@ class Evaluation:
         return result
 
 
-def reference_of(images, extractor: Extractor, batch: int = 256, keep_features: bool = True) -> Reference:
-    """Statistics of a neon.data.ImageSet."""
-    moments, kept = Moments(extractor.dim, extractor.device), []
-    with progress(len(images), "img", "reference") as bar:
-        for part in torch.arange(len(images)).split(batch):
-            features = extractor(images.images(part.tolist()).expand(-1, 3, -1, -1)).features
-            moments.update(features)
-            kept.append(features.cpu())
-            bar.update(len(part))
-    return Reference(moments.mean, moments.cov, torch.cat(kept) if keep_features else None)
+def reference_of(
+    images: ImageSet,
+    extractor: Extractor,
+    batch: int = 256,
+    keep: int = 50_000,
+    published: Reference | None = None,
+    world: World = ALONE,
+) -> Reference:
+    """Statistics of all images, with the features of `keep` of them, drawn at random (the same on every machine).
+
+    published: take mu and sigma from there; then only the kept images are read. Raises NeonError if the features have
+    another number of dimensions.
+    """
+    if published and len(published.mu) != extractor.dim:
+        raise NeonError(f"features have {extractor.dim} dimensions, {published.name} has {len(published.mu)}")
+    kept = torch.from_numpy(np.random.default_rng(0).permutation(len(images))[:keep]).sort().values
+    chosen = kept if published else torch.arange(len(images))
+    is_kept = torch.isin(chosen, kept)
+    moments, features = Moments(extractor.dim, extractor.device), []
+    with progress(len(chosen), "img", "reference", world.rank) as bar:
+        for part in shard(len(chosen), world.rank, world.size, batch):
+            found = extractor(images.images(chosen[part].tolist()).expand(-1, 3, -1, -1)).features
+            moments.update(found)
+            features.append(found[is_kept[part]].cpu())
+            bar.update(len(found) * world.size)
+    if world.size > 1:
+        moments.all_reduce(dist.all_reduce)
+    own = torch.cat(features) if features else torch.empty(0, extractor.dim)
+    mu, sigma = (published.mu, published.sigma) if published else (moments.mean, moments.cov)
+    return Reference(mu, sigma, torch.cat(world.gather(own)))
 
 
 def row(family: str, evaluation: Evaluation, kappa: Mapping, result: Mapping, started: float, **model) -> dict:

@@ -8,7 +8,7 @@ import torch
 
 from neon.cli import add_inference, add_metrics, count, kappa, loading, natural
 from neon.distributed import world
-from neon.evaluate import Evaluation
+from neon.evaluate import Evaluation, parse_metrics
 from neon.features import load_extractor
 from neon.fetch import local
 from neon.io import write_json
@@ -55,7 +55,7 @@ def calculate_fid(
     with world(args.device, args.tf32) as here:
         reference = load_reference(local(ref, "fid_stats", here))
         extractor = load_extractor(args.features, here.device)
-        metrics = tuple(args.metrics.split(","))
+        metrics = parse_metrics(args.metrics, extractor, reference)
         evaluation = Evaluation(seeds, extractor, reference, metrics, batch_size, here)
         options = loading(args, family) | options
         candidates = Candidates(family, checkpoint, here.device, args.precision, args.compile, **options)

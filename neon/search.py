@@ -190,6 +190,18 @@ def final_points(searched: Sequence[Mapping], options: Sequence[str]) -> dict[st
     return {"base": point(base, 0.0), "selftrained": point(trained, -1.0), "neon": point(best, best["w"])}
 
 
+def check_sampled_alike(searched: Sequence[Mapping], facts: Mapping[str, object]) -> None:
+    """facts: sampling options, and how rows are measured, as they are now. Raises NeonError if the search, whose rows
+    agree in an option, had another value."""
+    for name, now in facts.items():
+        then = {json.dumps(row[name]): row[name] for row in searched if name in row}
+        if len(then) == 1 and now not in then.values():
+            (value,) = then.values()
+            raise NeonError(
+                f"the search had {name} {value}, this command has {now}: the best w of one is not the other's"
+            )
+
+
 def grid(
     score: Callable[[Point], float],
     snapshots: Sequence[str | Path],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from neon import NeonError
-from neon.data import ORDERS, ImageSet, batches, encode_png, epoch_order, image_name, window_order
+from neon.data import ORDERS, ImageSet, batches, centre_crop, encode_png, epoch_order, image_name, window_order
 
 EDM = Path(__file__).parent / "golden" / "edm"
 
@@ -302,3 +302,66 @@ def test_batches_say_which_image_is_damaged(tmp_path):
     pairs = batches(ImageSet(write(tmp_path / "set", files)), iter([0, 2, 1, 0, 2, 2]), 2)
     next(pairs)
     refuse(lambda: next(pairs), image_name(1))
+
+
+# ---------------------------------------------------------------- parquet, and images of many sizes
+
+
+def write_parquet(path, pixels, labels=None, group=3, column="image"):
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {column: [{"bytes": encode_png(x), "path": None} for x in pixels]}
+    pyarrow.parquet.write_table(
+        pyarrow.table(table | ({"label": labels} if labels else {})), path, row_group_size=group
+    )
+    return path
+
+
+@pytest.mark.parametrize("column", ["image", "img"])
+def test_parquet_as_the_hub_lays_it_out(tmp_path, column):
+    pixels, labels = pictures(11), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    for name, part in (("train-00000-of-00002", slice(7)), ("train-00001-of-00002", slice(7, 11))):
+        write_parquet(tmp_path / "data" / f"{name}.parquet", pixels[part], labels[part], column=column)
+    write_parquet(tmp_path / "data" / "validation-00000.parquet", pixels[:2], labels[:2], column=column)
+    data = ImageSet(tmp_path / "data" / "train-*.parquet")
+    assert len(data) == 11 and data.shape == (3, 4, 6) and data.labels.tolist() == labels
+    order = [10, 0, 6, 7, 3, 3]
+    assert torch.equal(data.images(order), pixels[order])
+    data._cache = None  # as for sets that are too large for memory
+    assert torch.equal(data.images(range(11)), pixels)
+    assert len(ImageSet(tmp_path / "data")) == 13
+    assert len(ImageSet(tmp_path / "data" / "validation-00000.parquet")) == 2
+
+
+def test_parquet_without_labels_and_no_parquet(tmp_path):
+    data = ImageSet(write_parquet(tmp_path / "a.parquet", pictures(2)))
+    assert data.labels is None and torch.equal(data.images([1]), pictures(2)[1:])
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    for name in ("b.parquet", "none-*.parquet"):
+        with pytest.raises(NeonError, match=r"no parquet file|no such file"):
+            ImageSet(tmp_path / name)
+
+
+def test_a_torchvision_image_folder_of_photographs(tmp_path):
+    """Class folders, upper-case suffixes, colour or grey, any size: cropped and scaled to one."""
+    for i, (mode, shape) in enumerate([("RGB", (50, 40)), ("L", (31, 90)), ("RGB", (16, 16)), ("CMYK", (40, 33))]):
+        path = tmp_path / f"n{i % 2:08d}" / f"n{i}.JPEG"
+        path.parent.mkdir(exist_ok=True)
+        Image.new(mode, shape, 100 if mode == "L" else None).save(path, "JPEG")
+    data = ImageSet(tmp_path, size=16)
+    assert data.shape == (3, 16, 16) and data.images(range(4)).shape == (4, 3, 16, 16)
+
+
+@given(st.integers(1, 9), st.integers(8, 60), st.integers(8, 60))
+@settings(deadline=None, max_examples=30)
+def test_centre_crop(size, width, height):
+    """A ramp stays a ramp around the middle; a picture of the right size stays as it is."""
+    side = min(width, height)
+    ramp = np.linspace(0, 255, width)[None].repeat(height, 0).round().astype(np.uint8)
+    found = np.array(centre_crop(Image.fromarray(ramp), size)).astype(float)
+    assert found.shape == (size, size)
+    assert abs(found.mean() - 127.5) < 255 / width + 1.5 + 255 * side / width / size / 2
+    same = Image.fromarray(np.random.default_rng(0).integers(256, size=(size, size), dtype=np.uint8))
+    assert np.array_equal(np.array(centre_crop(same, size)), np.array(same))

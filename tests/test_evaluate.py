@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from processes import error_of, finish, kill_when, neon, ranks, start, torchrun
@@ -11,7 +12,7 @@ from neon import NeonError, metrics
 from neon.checkpoint import load_weights
 from neon.data import ImageSet
 from neon.evaluate import Evaluation
-from neon.features import Extractor, load_extractor
+from neon.features import DigitsCNN, Extractor, load_extractor, save_digits_cnn
 from neon.metrics import Moments, load_reference
 from neon.search import budget_of, final_points
 
@@ -265,6 +266,23 @@ def test_final_of_another_base(mini, searched, tmp_path):
     assert not (tmp_path / "final.jsonl").exists()
 
 
+def test_final_samples_and_measures_as_the_search_did(mini, searched, tmp_path):
+    """What the search did not sweep must be what it was then."""
+    out = tmp_path / "final.jsonl"
+    for option, value, was in [("num_steps", 5, 4), ("solver", "euler", "heun"), ("sigma_max", 20, 80.0)]:
+        wanted = f"the search had {option} {was}, this command has "
+        assert wanted in error_of(*final(mini, out, searched, f"--{option}", value))
+    assert "the search had dtype float32" in error_of(*final(mini, out, searched, "--precision", "bfloat16"))
+    other = tmp_path / "other.safetensors"
+    save_digits_cnn(DigitsCNN(16), other)
+    message = error_of(*final(mini, out, searched, "--features", f"digits:{other}"))
+    assert "the search had features digits-" in message and not out.exists()
+    path = tmp_path / "swept.jsonl"
+    neon(*search(mini, path, "--grid", "num_steps=2,3", w="0,1"))
+    neon(*final(mini, out, path))  # num_steps is 4 here, but was swept
+    assert {row["num_steps"] for row in rows(out)} <= {2, 3}
+
+
 def test_files_that_hold_something_else(mini, searched, tmp_path):
     for name, content in {
         "notes": b"bought milk\nand tea",
@@ -298,6 +316,37 @@ def test_reference_statistics_are_of_all_images(mini, tmp_path):
         torch.testing.assert_close(found.features, features, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.mu, features.double().mean(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.sigma, features.double().T.cov(), rtol=1e-5, atol=1e-5)
+
+
+def test_published_statistics_with_features_of_some_images(mini, tmp_path):
+    """FID against what was published; precision and recall against one's own copy of the images."""
+    np.savez(tmp_path / "published.npz", mu=np.ones(16), sigma=np.eye(16))
+    make = ("reference", *mini.features, "--statistics", tmp_path / "published.npz", "--out", tmp_path / "r.npz")
+    evaluate = ("evaluate", "--model", mini.base, *mini.sampling, *mini.features, "--ref", tmp_path / "r.npz")
+    evaluate += ("--seeds", "0-31", "--metrics", "all", "--out", tmp_path / "row.json")
+    found = {}
+    for kind, more in {"alone": (), "features": ("--images", mini.data, "--keep", 50)}.items():
+        neon(*make, *more)
+        neon(*evaluate)
+        found[kind] = json.loads((tmp_path / "row.json").read_text())
+    assert found["alone"]["fid"] == found["features"]["fid"]
+    assert found["alone"]["metrics"] == ["fid", "is"] and {"precision", "recall", "kid"} <= found["features"].keys()
+    kept = load_reference(tmp_path / "r.npz").features
+    every = load_extractor(mini.features[1])(ImageSet(mini.data).images(range(128)).expand(-1, 3, -1, -1)).features
+    nearest = torch.cdist(kept, every).min(1)
+    assert nearest.values.max() < 1e-2 and len(nearest.indices.unique()) == 50
+    np.savez(tmp_path / "published.npz", mu=np.ones(3), sigma=np.eye(3))
+    assert "features have 16 dimensions, published.npz has 3" in error_of(*make, "--images", mini.data)
+    assert "give --images" in error_of("reference", "--out", tmp_path / "x.npz")
+
+
+def test_reference_over_two_processes(mini, tmp_path):
+    make = ("reference", "--images", mini.data, *mini.features, "--batch_size", 50, "--keep", 100, "--out")
+    neon(*make, tmp_path / "one.npz")
+    finish(*ranks(2, *make, tmp_path / "two.npz"))
+    one, two = (load_reference(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    torch.testing.assert_close(one.sigma, two.sigma, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(one.features, two.features, rtol=1e-4, atol=1e-5)
 
 
 def test_base_weights_come_back_after_a_merge(mini):

@@ -276,7 +276,7 @@ def test_errors(checkout, tmp_path):
     generate = generating(tmp_path / "alone", tmp_path / "S")
     (tmp_path / "alone" / "checkpoints").mkdir(parents=True)
     (tmp_path / "alone" / "checkpoints" / "tiny.pth").symlink_to(checkout / "checkpoints" / "tiny.pth")
-    assert "hf download" in error_of(*generate)
+    assert "download_models.sh" in error_of(*generate)
     search = searching(checkout, tmp_path, tmp_path / "x")
     assert "not a grid over a sampling option" in error_of(*search, "--grid", "more_smooth=0,1")
 

@@ -85,7 +85,7 @@ def test_where_the_vqvae_is_looked_for(pair, tmp_path, monkeypatch):
     lonely = tmp_path / "elsewhere" / "var.pth"
     lonely.parent.mkdir()
     shutil.copy(pair, lonely)
-    with pytest.raises(NeonError, match=r"`hf download FoundationVision/var vae_ch160v4096z32.pth .*--vae_ckpt"):
+    with pytest.raises(NeonError, match=r"`bash download_models.sh vae_ch160v4096z32.pth`.*--vae_ckpt"):
         family.load(lonely, device="cpu")
     with pytest.raises(NeonError, match="no such file"):
         family.load(lonely, device="cpu", vae_ckpt="nowhere.pth")
