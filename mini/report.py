@@ -21,13 +21,12 @@ def files(roots: list[Path], kind: str) -> dict[Path, dict]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, nargs="+", required=True, help="folders of searches and final evaluations")
-    parser.add_argument("--settings", required=True, help="YAML file[:KEY] with families and their settings, in order")
+    parser.add_argument(
+        "--settings", required=True, help="YAML file whose `settings` holds those of each family, in order"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    file, _, key = args.settings.partition(":")
-    tables = yaml.safe_load(Path(file).read_text())
-    tables = {k: v for k, v in tables.items() if isinstance(v, dict) and (not key or k == key)}
-    families = {k: v["settings"] for k, v in tables.items() if "settings" in v}
+    families = yaml.safe_load(Path(args.settings).read_text())["settings"]
     order = [setting for settings in families.values() for setting in settings]
     search, final = (
         read_rows(files(args.rows, kind)).sort_values("setting", key=lambda c: c.map(order.index), kind="stable")
