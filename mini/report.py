@@ -22,7 +22,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, nargs="+", required=True, help="folders of searches and final evaluations")
     parser.add_argument(
-        "--settings", required=True, help="YAML file whose `settings` holds those of each family, in order"
+        "--settings", required=True, help="YAML file: `settings` of each family, in order"
     )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
