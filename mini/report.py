@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from neon.io import atomic
-from neon.report import final_table, markdown, read_rows, summarise
+from neon.report import best_by_budget, final_table, markdown, read_rows, summarise
 
 CURVES = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se", "precision", "recall", "n"]
 
@@ -31,11 +31,14 @@ if __name__ == "__main__":
         for kind in ("search", "final")
     )
     args.out.mkdir(parents=True, exist_ok=True)
+    budget = best_by_budget(search)
+    search = search[search["setting"].isin(final["setting"])]  # others vary B and |S| only
     settings = summarise(final)
     headline = settings["setting"].isin([next(iter(s)) for s in families.values()])  # a family's first setting
     tables = {
         "search.csv": search.reindex(columns=CURVES).to_csv(index=False, float_format="%.5g"),
         "final.csv": final.reindex(columns=["role", *CURVES]).to_csv(index=False, float_format="%.5g"),
+        "budget.csv": budget.to_csv(index=False, float_format="%.5g"),
         "settings.csv": settings.to_csv(index=False, float_format="%.5g"),
         "summary.csv": settings[headline].drop(columns="setting").to_csv(index=False, float_format="%.5g"),
         "table.md": markdown(final_table(final)),

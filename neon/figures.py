@@ -36,10 +36,7 @@ def w_curves(
             colours = plt.get_cmap("viridis")(np.linspace(0.75, 0.1, len(budgets)))
             for colour, budget in zip(colours, budgets):
                 curve = pd.concat([base, rows[rows["budget"] == budget]]).groupby("w")[metric]
-                points = curve.apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"])).unstack()
-                ax.plot(points.index, points["mean"], "o-", ms=3, color=colour, label=f"B = {budget / 1000:g}k")
-                low, high = points["mean"] - points["half"], points["mean"] + points["half"]
-                ax.fill_between(points.index, low, high, color=colour, alpha=0.15, lw=0)
+                _banded(ax, curve, color=colour, label=f"B = {budget / 1000:g}k")
             star = rows[(rows["budget"] == best_budget) & (rows["w"] == best_w)][metric].mean()
             ax.plot([best_w], [star], "*", ms=13, color="crimson", zorder=5, label=f"w* = {best_w:g}")
             ax.axvline(0, color="grey", lw=0.8, ls=":")
@@ -50,6 +47,14 @@ def w_curves(
     for ax in axes[-1]:
         ax.set_xlabel("merge weight w")
     return fig
+
+
+def _banded(ax, groups, color, label: str) -> None:
+    """Means of a grouped column over its key, with a 95 % band."""
+    points = groups.apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"])).unstack()
+    ax.plot(points.index, points["mean"], "o-", ms=3, color=color, label=label)
+    low, high = points["mean"] - points["half"], points["mean"] + points["half"]
+    ax.fill_between(points.index, low, high, color=color, alpha=0.15, lw=0)
 
 
 def image_grid(groups: dict[str, np.ndarray], columns: int = 20) -> Figure:
@@ -136,12 +141,31 @@ def asymptotes(search: pd.DataFrame, weights: Sequence[float] = (0, 0.25, 0.5, 0
     for ax, metric in zip(axes, ("precision", "recall")):
         for colour, w in zip(colours, weights):
             curve = search[search["w"] == w].groupby("cfg")[metric]
-            points = curve.apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"])).unstack()
-            ax.plot(points.index, points["mean"], "o-", ms=3, color=colour, label=f"w = {w:g}")
-            low, high = points["mean"] - points["half"], points["mean"] + points["half"]
-            ax.fill_between(points.index, low, high, color=colour, alpha=0.15, lw=0)
+            _banded(ax, curve, color=colour, label=f"w = {w:g}")
         ax.set_xlabel("guidance γ")
         ax.set_ylabel(metric)
         ax.grid(alpha=0.25)
     axes[0].legend(fontsize=7)
+    return fig
+
+
+def budget(best: pd.DataFrame, titles: dict[str, str] | None = None) -> Figure:
+    """Figs. 3, 5, 7: lowest FID over w (and γ) against B, a panel per setting, a line per |S|, 95 % bands over seeds.
+
+    best: columns setting, seed, num_synthetic, budget and fid. The dotted line is the base's mean, |S| = B = 0.
+    """
+    settings = list(best["setting"].unique())
+    size = (3.9 * len(settings), 3.0)
+    fig, axes = plt.subplots(1, len(settings), figsize=size, squeeze=False, layout="constrained")
+    for ax, setting in zip(axes[0], settings):
+        rows = best[best["setting"] == setting]
+        sizes = sorted(set(rows["num_synthetic"]) - {0})
+        for colour, n in zip(plt.get_cmap("viridis")(np.linspace(0.8, 0.1, len(sizes))), sizes):
+            _banded(ax, rows[rows["num_synthetic"] == n].groupby("budget")["fid"], color=colour, label=f"|S| = {n}")
+        ax.axhline(rows[rows["budget"] == 0]["fid"].mean(), color="grey", ls=":", label="base")
+        ax.set_title((titles or {}).get(setting, setting), loc="left", fontsize=9)
+        ax.set_xlabel("budget B (images seen)")
+        ax.set_ylabel("best FID over w")
+        ax.legend(fontsize=7)
+        ax.grid(alpha=0.25)
     return fig
