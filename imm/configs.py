@@ -18,6 +18,7 @@ NETWORKS = {
         "eps": 0.0,
         "T": 0.994,
     },
+    # The whole image is one token: at 8×8 pixels that learns fastest for its cost.
     "digits": {
         "img_resolution": 8,
         "img_channels": 1,
@@ -25,12 +26,17 @@ NETWORKS = {
         "model_type": "DiT",
         "in_channels": 1,
         "num_classes": 10,
-        "patch_size": 2,
-        "hidden_size": 64,
-        "depth": 4,
+        "patch_size": 8,
+        "hidden_size": 192,
+        "depth": 2,
         "num_heads": 4,
+        "f_type": "simple_edm",
+        "time_scale": 100,
     },
 }
+
+# The jump's target lies further ahead (k) and late times count more (a) than for ImageNet, so that minutes suffice.
+DIGITS = {"batch": 64, "betas": (0.9, 0.99), "ema_decay": 0.99, "loss": {"k": 8, "a": 1}}
 
 RECIPES = {
     # 59 ticks of 200 steps; the original begins a sixtieth and stops after its first step.
@@ -43,22 +49,6 @@ RECIPES = {
         ema_decay=0.9999,
         precision="float16",
     ),
-    "digits_base": Recipe(
-        batch=64,
-        lr=2e-3,
-        budget=128_000,
-        snapshot=128_000,
-        ramp=6_400,
-        anneal="linear",
-        betas=(0.9, 0.99),
-        ema_decay=0.998,
-    ),
-    "digits": Recipe(
-        batch=64,
-        lr=5e-5,
-        budget=12_800,
-        snapshot=12_800,
-        betas=(0.9, 0.99),
-        ema_decay=0.99,
-    ),
+    "digits_base": Recipe(**DIGITS, lr=2e-3, budget=96_000, snapshot=96_000, ramp=6_400, anneal="linear"),
+    "digits": Recipe(**DIGITS, lr=1e-4, budget=12_800, snapshot=3_200),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from neon.io import atomic
-from neon.report import final_table, markdown, read_rows, summarise
+from neon.report import best_by_budget, final_table, markdown, read_rows, summarise
 
 CURVES = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se", "precision", "recall", "n"]
 
@@ -21,9 +21,7 @@ def files(roots: list[Path], kind: str) -> dict[Path, dict]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, nargs="+", required=True, help="folders of searches and final evaluations")
-    parser.add_argument(
-        "--settings", required=True, help="YAML file: `settings` of each family, in order"
-    )
+    parser.add_argument("--settings", required=True, help="YAML file: `settings` of each family, in order")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     families = yaml.safe_load(Path(args.settings).read_text())["settings"]
@@ -33,11 +31,14 @@ if __name__ == "__main__":
         for kind in ("search", "final")
     )
     args.out.mkdir(parents=True, exist_ok=True)
+    budget = best_by_budget(search)
+    search = search[search["setting"].isin(final["setting"])]  # others vary B and |S| only
     settings = summarise(final)
     headline = settings["setting"].isin([next(iter(s)) for s in families.values()])  # a family's first setting
     tables = {
         "search.csv": search.reindex(columns=CURVES).to_csv(index=False, float_format="%.5g"),
         "final.csv": final.reindex(columns=["role", *CURVES]).to_csv(index=False, float_format="%.5g"),
+        "budget.csv": budget.to_csv(index=False, float_format="%.5g"),
         "settings.csv": settings.to_csv(index=False, float_format="%.5g"),
         "summary.csv": settings[headline].drop(columns="setting").to_csv(index=False, float_format="%.5g"),
         "table.md": markdown(final_table(final)),

@@ -182,3 +182,25 @@ def asymptotes(search: pd.DataFrame, weights: Sequence[float] = (0, 0.25, 0.5, 0
         ax.grid(alpha=0.25)
     axes[0].legend(fontsize=7)
     return fig
+
+
+def budget(best: pd.DataFrame, titles: dict[str, str] | None = None) -> Figure:
+    """Figs. 3, 5, 7: lowest FID over w (and γ) against B, a panel per setting, a line per |S|, 95 % bands over seeds.
+
+    best: columns setting, seed, num_synthetic, budget and fid. The dotted line is the base's mean, |S| = B = 0.
+    """
+    settings = list(best["setting"].unique())
+    size = (3.9 * len(settings), 3.0)
+    fig, axes = plt.subplots(1, len(settings), figsize=size, squeeze=False, layout="constrained")
+    for ax, setting in zip(axes[0], settings):
+        rows = best[best["setting"] == setting]
+        sizes = sorted(set(rows["num_synthetic"]) - {0})
+        for colour, n in zip(plt.get_cmap("viridis")(np.linspace(0.8, 0.1, len(sizes))), sizes):
+            _band(ax, rows[rows["num_synthetic"] == n].groupby("budget")["fid"], color=colour, label=f"|S| = {n}")
+        ax.axhline(rows[rows["budget"] == 0]["fid"].mean(), color="grey", ls=":", label="base")
+        ax.set_title((titles or {}).get(setting, setting), loc="left", fontsize=9)
+        ax.set_xlabel("budget B (images seen)")
+        ax.set_ylabel("best FID over w")
+        ax.legend(fontsize=7)
+        ax.grid(alpha=0.25)
+    return fig

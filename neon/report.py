@@ -58,6 +58,13 @@ def summarise(final: pd.DataFrame, by: Iterable[str] = ("family", "setting")) ->
     return pd.DataFrame(lines)[[*extra, *SUMMARY]]
 
 
+def best_by_budget(search: pd.DataFrame) -> pd.DataFrame:
+    """The lowest FID over w >= 0 and γ for every setting, seed, |S| and B; the base has |S| = B = 0."""
+    keys = ["family", "setting", "seed", "num_synthetic", "budget"]
+    best = search[search["w"] >= 0].groupby(keys, sort=False)["fid"].idxmin()
+    return search.loc[best].reindex(columns=[*keys, "w", "cfg", "fid", "n"])
+
+
 def final_table(final: pd.DataFrame) -> pd.DataFrame:
     """For reading: FID, precision and recall of base, self-trained and Neon, mean ± half-width of the 95 % interval."""
     lines = []
