@@ -38,8 +38,8 @@ RECIPES = {
     "digits_base": Recipe(
         batch=64,
         lr=4e-3,
-        budget=128_000,
-        snapshot=128_000,
+        budget=120_000,
+        snapshot=120_000,
         ramp=6_400,
         anneal="linear",
         betas=(0.9, 0.99),

@@ -204,3 +204,76 @@ def budget(best: pd.DataFrame, titles: dict[str, str] | None = None) -> Figure:
         ax.legend(fontsize=7)
         ax.grid(alpha=0.25)
     return fig
+
+
+def toy_curves(curves: pd.DataFrame, title: str) -> Figure:
+    """Fig. B.1: log Fréchet distance against w, a column per sampler of S, 95 % bands over seeds.
+
+    curves: columns sampler (of S), evaluated (with what), epochs (of fine-tuning), seed, w, fid. Upper row: measured with
+    exact sampling, lower: with the sampler of S. Ticks on the axis mark the mean of the seeds' best w.
+    """
+    samplers, ways = list(curves["sampler"].unique()), list(curves["evaluated"].unique())
+    size = (3.6 * len(samplers), 2.4 * len(ways) + 0.3)
+    fig, axes = plt.subplots(len(ways), len(samplers), figsize=size, squeeze=False, layout="constrained", sharex=True)
+    for line, evaluated in zip(axes, ways):
+        for ax, sampler in zip(line, samplers):
+            rows = curves[(curves["sampler"] == sampler) & (curves["evaluated"] == evaluated)]
+            for colour, (epochs, part) in zip(("tab:orange", "tab:blue"), rows.groupby("epochs")):
+                table = part.pivot(index="w", columns="seed", values="fid")
+                logs = np.log10(table)
+                points = logs.apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"]), axis=1)
+                ax.plot(points.index, points["mean"], color=colour, label=f"{epochs} epochs")
+                low, high = points["mean"] - points["half"], points["mean"] + points["half"]
+                ax.fill_between(points.index, low, high, color=colour, alpha=0.2, lw=0)
+                ax.plot([table.idxmin().mean()], [0.02], "^", color=colour, transform=ax.get_xaxis_transform())
+            ax.axvline(0, color="grey", lw=0.8, ls=":")
+            ax.set_title(f"S by {sampler}, {evaluated}", fontsize=9)
+            ax.grid(alpha=0.25)
+        line[0].set_ylabel("log₁₀ Fréchet distance")
+    axes[0, 0].legend(fontsize=7)
+    for ax in axes[-1]:
+        ax.set_xlabel("merge weight w")
+    fig.suptitle(title, fontsize=10)
+    return fig
+
+
+def gradient_cosines(cosines: pd.DataFrame) -> Figure:
+    """Fig. B.2: cosine of the real and the synthetic gradient against ζ; a thin line per seed, coloured by whether the
+    base spreads too little or too much, and the mean with its 95 % band. cosines: columns zeta, seed, cosine, narrow.
+    """
+    fig, ax = plt.subplots(figsize=(4.6, 3), layout="constrained")
+    for narrow, colour, label in ((True, "tab:green", "base too narrow"), (False, "tab:purple", "base too wide")):
+        table = cosines[cosines["narrow"] == narrow].pivot(index="zeta", columns="seed", values="cosine")
+        lines = ax.plot(table.index, table, color=colour, alpha=0.5, lw=1)
+        for line in lines[:1]:
+            line.set_label(label)
+    points = cosines.groupby("zeta")["cosine"].apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"]))
+    points = points.unstack()
+    ax.plot(points.index, points["mean"], "o-", color="black", ms=3, label="mean")
+    low, high = points["mean"] - points["half"], points["mean"] + points["half"]
+    ax.fill_between(points.index, low, high, color="black", alpha=0.12, lw=0)
+    ax.axhline(0, color="grey", lw=0.8, ls=":")
+    ax.axvline(1, color="grey", lw=0.8, ls=":")
+    ax.set_xlabel("ζ of the sampler of S")
+    ax.set_ylabel("cos(r_d, r_s), Adam's metric")
+    ax.grid(alpha=0.25)
+    ax.legend(fontsize=7)
+    return fig
+
+
+def toy_planes(planes: dict[str, np.ndarray], w: np.ndarray, v: np.ndarray) -> Figure:
+    """Fig. 2: a panel per entry, title → log₁₀ distance over (real-data direction v, Neon's direction w)."""
+    fig, axes = plt.subplots(1, len(planes), figsize=(3.3 * len(planes), 3), squeeze=False, layout="constrained")
+    for ax, (title, plane) in zip(axes[0], planes.items()):
+        shown = ax.contourf(w, v, plane, levels=24, cmap="viridis_r")
+        fig.colorbar(shown, ax=ax)
+        along = plane[np.abs(v).argmin()]
+        ax.plot([0], [0], "o", color="white", mec="black", label="base")
+        ax.plot([-1], [0], "X", color="white", mec="black", label="self-trained")
+        ax.plot([w[along.argmin()]], [0], "*", color="crimson", ms=13, mec="white", label="Neon")
+        ax.plot([0], [1], "s", color="white", mec="black", label="more real data")
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("w, away from the self-trained model")
+    axes[0, 0].set_ylabel("v, towards more real data")
+    axes[0, 0].legend(fontsize=7, loc="upper left")
+    return fig
