@@ -217,6 +217,7 @@ def _add_training(p: argparse.ArgumentParser, family) -> None:
         "--recipe", required=True, help=", ".join(family.recipes) if family else "named recipe of the family"
     )
     p.add_argument("--data", required=True, help="image set: folder or .zip with dataset.json")
+    p.add_argument("--max_images", type=count, help="train on the first so many of them (default: all)")
     p.add_argument("--out", required=True, help="folder for snapshots and state; an interrupted run goes on")
     p.add_argument("--seed", type=natural, default=0)
     p.add_argument("--micro_batch", type=count, help="images per forward pass and process")
@@ -352,7 +353,7 @@ def run_train(args) -> None:
     names = ("batch", "lr", "budget", "snapshot", "ramp", "precision")
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     recipe = dataclasses.replace(recipe, **changes)
-    data = ImageSet(args.data)
+    data = ImageSet(args.data, first=args.max_images)
     with world(args.device, args.tf32) as here:
         if hasattr(args, "base"):
             model = family.load(args.base, device=here.device, **recipe.network, **loading(args, family))

@@ -33,11 +33,11 @@ class ImageSet:
     """Images and labels of a folder, .zip, or .parquet files (one, a folder of them, or a pattern with *).
 
     labels: int64 (n,) or None; shape: (C, H, W) of every image. Grey images have one channel, all others three.
-    size: every image is made RGB, size × size pixels (centre_crop). Raises NeonError if there are no images, or labels
-    that do not cover them.
+    size: every image is made RGB, size × size pixels (centre_crop). first: use only so many, in the order of their
+    names. Raises NeonError if there are no images (or not so many), or labels that do not cover them.
     """
 
-    def __init__(self, path: str | Path, size: int | None = None):
+    def __init__(self, path: str | Path, size: int | None = None, first: int | None = None):
         self.path, self.size = Path(path), size
         self._zip = None
         if parquet := _parquet_files(self.path):
@@ -55,6 +55,9 @@ class ImageSet:
         self.names = sorted(f for f in images if not Path(f).name.startswith("."))
         if not self.names:
             raise NeonError(f"{path}: no images in it")
+        if first and first > len(self.names):
+            raise NeonError(f"{path}: {len(self.names)} images, fewer than {first}")
+        self.names = self.names[:first]
         self.labels = self._read_labels() if "dataset.json" in files else None
         self.shape = tuple(self._decode(0).shape)
         self._pool = ThreadPoolExecutor(4)

@@ -209,8 +209,8 @@ def budget(best: pd.DataFrame, titles: dict[str, str] | None = None) -> Figure:
 def toy_curves(curves: pd.DataFrame, title: str) -> Figure:
     """Fig. B.1: log Fréchet distance against w, a column per sampler of S, 95 % bands over seeds.
 
-    curves: columns sampler (of S), evaluated (with what), epochs (of fine-tuning), seed, w, fid. Upper row: measured with
-    exact sampling, lower: with the sampler of S. Ticks on the axis mark the mean of the seeds' best w.
+    curves: columns sampler (of S), evaluated (with what), epochs (of fine-tuning), seed, w, fid. Upper row:
+    measured with exact sampling, lower: with the sampler of S. Ticks on the axis mark the mean of the seeds' best w.
     """
     samplers, ways = list(curves["sampler"].unique()), list(curves["evaluated"].unique())
     size = (3.6 * len(samplers), 2.4 * len(ways) + 0.3)

@@ -88,6 +88,14 @@ def test_labels_belong_to_names_not_places(path):
     assert data.names == [image_name(i) for i in range(4)] and data.labels.tolist() == [0, 1, 2, 3]
 
 
+def test_the_first_images_only(path):
+    whole, part = ImageSet(path), ImageSet(path, first=2)
+    assert part.names == whole.names[:2] and part.labels.tolist() == whole.labels[:2].tolist()
+    assert (part.images([0, 1]) == whole.images([0, 1])).all()
+    with pytest.raises(NeonError, match=f"{len(whole)} images, fewer than"):
+        ImageSet(path, first=len(whole) + 1)
+
+
 @pytest.mark.parametrize("content", [None, '{"labels": null}'])
 def test_without_labels(path, content):
     files = files_of(pictures(2)) | ({"dataset.json": content.encode()} if content else {})
