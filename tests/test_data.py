@@ -89,6 +89,7 @@ def test_labels_belong_to_names_not_places(path):
 
 
 def test_the_first_images_only(path):
+    write(path, files_of(pictures(5, 1), [3, 0, 9, 3, 1]))
     whole, part = ImageSet(path), ImageSet(path, first=2)
     assert part.names == whole.names[:2] and part.labels.tolist() == whole.labels[:2].tolist()
     assert (part.images([0, 1]) == whole.images([0, 1])).all()
