@@ -17,7 +17,7 @@ setup: .venv/installed
 
 # EDM on real digits, three seeds: results/demo. `make mini` goes on from there: every family and setting, results/mini.
 demo mini: setup
-	@cd mini && dvc repro notebooks@$@ $(if $(filter mini,$@),landscape budget)
+	@cd mini && dvc repro notebooks@$@ $(if $(filter mini,$@),page)
 	@echo; cat results/$@/table.md; echo "w-curves and executed notebooks are in results/$@"
 
 test: setup
