@@ -1,0 +1,65 @@
+"""The pipelines of the mini scale hang together, and their driver does what it says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from processes import BIN, ROOT
+
+sys.path.append(str(ROOT / "mini"))
+from each import expand, values_of
+
+
+def test_names_are_filled_in():
+    tables = {"a": {"sampling": "--num_steps 4 --note 'two words'", "data": "S/{setting}/{seed}", "none": ""}}
+    words = ["x", "{setting.sampling}", "--out={seed}", "{setting.none}", "{setting.data}"]
+    filled = expand(words, {"setting": "a", "seed": "7"}, tables)
+    assert filled == ["x", "--num_steps", "4", "--note", "two words", "--out=7", "S/a/7"]
+    for typo in ("{sed}", "{setting.smapling}"):
+        with pytest.raises(KeyError):
+            expand([typo], {"setting": "a", "seed": "7"}, tables)
+
+
+def test_values_of():
+    assert values_of("seed=0-3") == ("seed", ["0", "1", "2", "3"])
+    assert values_of("setting=a,b-c") == ("setting", ["a", "b-c"])
+
+
+def each(*argv):
+    command = [BIN / "python", ROOT / "mini/each.py", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_every_command_runs_and_one_failure_fails_them_all(tmp_path):
+    good, bad = ROOT / "notebooks/w_curves.ipynb", tmp_path / "none.ipynb"
+    both = each(
+        "--each", f"file={good},{bad}", "--each", "n=1-2", "neon", "page", "{file}", "--out", f"{tmp_path}/{{n}}.html"
+    )
+    assert both.returncode == 1 and both.stderr.count("failed: ") == 2 and "none.ipynb" in both.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"1.html", "2.html"}
+
+
+@pytest.mark.parametrize("folder", ["mini", "mini/ablations"])
+def test_every_file_a_stage_reads_is_there_or_made_by_another(folder):
+    from dvc.repo import Repo
+
+    with Repo(str(ROOT)) as repo:
+        outs = {out.fs_path for stage in repo.index.stages for out in stage.outs}
+        stages = [stage for stage in repo.index.stages if stage.path_in_repo == f"{folder}/dvc.yaml"]
+        assert len(stages) > 5
+        for stage in stages:
+            for path in (dep.fs_path for dep in stage.deps):
+                made = any(out == path or out.startswith(path + "/") or path.startswith(out + "/") for out in outs)
+                assert made or Path(path).exists(), f"{stage.addressing} needs {path}"
+
+
+def test_chains_name_settings_that_there_are():
+    params = yaml.safe_load((ROOT / "mini/params.yaml").read_text())
+    for chain in params["chains"].values():
+        base, known = params["bases"][chain["base"]], params["settings"][chain["family"]]
+        assert base["family"] == chain["family"]
+        for stage in ("sampled", "trained", "settings"):
+            assert set(chain[stage].split(",")) <= set(known)
+        assert set(values_of(f"seed={chain['seeds']}")[1]) <= set(values_of(f"seed={base['seeds']}")[1])
