@@ -209,8 +209,8 @@ def budget(best: pd.DataFrame, titles: dict[str, str] | None = None) -> Figure:
 def toy_curves(curves: pd.DataFrame, title: str) -> Figure:
     """Fig. B.1: log Fréchet distance against w, a column per sampler of S, 95 % bands over seeds.
 
-    curves: columns sampler (of S), evaluated (with what), epochs (of fine-tuning), seed, w, fid. Upper row:
-    measured with exact sampling, lower: with the sampler of S. Ticks on the axis mark the mean of the seeds' best w.
+    curves: columns sampler (of S), evaluated (a row of panels each), epochs (of fine-tuning; a line each), seed, w,
+    fid. Triangles mark the mean of the seeds' best w.
     """
     samplers, ways = list(curves["sampler"].unique()), list(curves["evaluated"].unique())
     size = (3.6 * len(samplers), 2.4 * len(ways) + 0.3)
@@ -238,11 +238,12 @@ def toy_curves(curves: pd.DataFrame, title: str) -> Figure:
 
 
 def gradient_cosines(cosines: pd.DataFrame) -> Figure:
-    """Fig. B.2: cosine of the real and the synthetic gradient against ζ; a thin line per seed, coloured by whether the
-    base spreads too little or too much, and the mean with its 95 % band. cosines: columns zeta, seed, cosine, narrow.
+    """Fig. B.2: cosine of the real and the synthetic gradient against ζ: a line per seed, the mean and its 95 % band.
+
+    cosines: columns zeta, seed, cosine, narrow (the seed's real data vary less than the target; its line is green).
     """
     fig, ax = plt.subplots(figsize=(4.6, 3), layout="constrained")
-    for narrow, colour, label in ((True, "tab:green", "base too narrow"), (False, "tab:purple", "base too wide")):
+    for narrow, colour, label in ((True, "tab:green", "data too narrow"), (False, "tab:purple", "data too wide")):
         table = cosines[cosines["narrow"] == narrow].pivot(index="zeta", columns="seed", values="cosine")
         lines = ax.plot(table.index, table, color=colour, alpha=0.5, lw=1)
         for line in lines[:1]:
@@ -275,5 +276,5 @@ def toy_planes(planes: dict[str, np.ndarray], w: np.ndarray, v: np.ndarray) -> F
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("w, away from the self-trained model")
     axes[0, 0].set_ylabel("v, towards more real data")
-    axes[0, 0].legend(fontsize=7, loc="upper left")
+    fig.legend(*ax.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     return fig

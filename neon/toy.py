@@ -48,14 +48,17 @@ def merged(base: Theta, trained: Theta, w: float) -> Theta:
     return dict(merge(base, trained, w))
 
 
-def train(loss: Callable[[Theta], Tensor], theta: Theta, steps: int, lr: float) -> tuple[Theta, Theta]:
+def train(
+    loss: Callable[[Theta], Tensor], theta: Theta, steps: int, lr: float, anneal: bool = False
+) -> tuple[Theta, Theta]:
     """Adam on loss(θ), (seeds,), from θ; returns the new θ and the running mean square of its gradients.
 
-    Adam treats each number by itself, so seeds do not meet.
+    Adam treats each number by itself, so seeds do not meet. anneal: lr falls linearly to 0.
     """
     theta = {name: p.clone().requires_grad_() for name, p in theta.items()}
     adam = torch.optim.Adam(theta.values(), lr=lr, fused=True)
-    for _ in range(steps):
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = lr * (1 - step / steps) if anneal else lr
         adam.zero_grad()
         loss(theta).sum().backward()
         adam.step()
@@ -85,16 +88,20 @@ def predict(theta: Theta, x: Tensor, t: Tensor) -> Tensor:
 
 
 def alpha_bar(t: Tensor) -> Tensor:
-    """The cosine schedule (Nichol & Dhariwal 2021): the share of the variance that is data at times t in [0, 1)."""
-    return torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    """The cosine schedule (Nichol & Dhariwal 2021): how much of the variance is data at t = 0, 1, …, TIMES - 1."""
+
+    def level(time):
+        return torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return level((t + 1) / TIMES) / level(torch.zeros(()))
 
 
 def denoising_loss(theta: Theta, data: Tensor, generator: torch.Generator) -> Tensor:
     """Mean squared error of the predicted noise at one random time for each sample, (seeds,)."""
-    t = torch.randint(TIMES, (*data.shape[:2], 1), generator=generator) / TIMES
+    t = torch.randint(TIMES, (*data.shape[:2], 1), generator=generator)
     noise = torch.randn(data.shape, generator=generator)
     share = alpha_bar(t)
-    return (predict(theta, share.sqrt() * data + (1 - share).sqrt() * noise, t) - noise).square().mean((1, 2))
+    return (predict(theta, share.sqrt() * data + (1 - share).sqrt() * noise, t / TIMES) - noise).square().mean((1, 2))
 
 
 @torch.no_grad()
@@ -102,11 +109,10 @@ def ddim(theta: Theta, noise: Tensor, zeta: float) -> Tensor:
     """Deterministic sampling in STEPS steps with the score scaled by ζ: (seeds or 1, n, 2) → (seeds, n, 2)."""
     seeds = len(theta["0.weight"])
     x = noise.expand(seeds, -1, -1)
-    times = torch.arange(0, TIMES, TIMES // STEPS).flip(0) / TIMES
-    shares = alpha_bar(torch.cat([times, torch.zeros(1)]))
-    shares[-1] = 1.0
+    times = torch.arange(0, TIMES, TIMES // STEPS).flip(0)
+    shares = torch.cat([alpha_bar(times), torch.ones(1)])
     for t, (share, after) in zip(times, pairwise(shares)):
-        eps = zeta * predict(theta, x, t.expand(*x.shape[:2], 1))
+        eps = zeta * predict(theta, x, (t / TIMES).expand(*x.shape[:2], 1))
         clean = (x - (1 - share).sqrt() * eps) / share.sqrt()
         x = after.sqrt() * clean + (1 - after).sqrt() * eps
     return x
@@ -119,11 +125,11 @@ def even_noise(n: int) -> Tensor:
     return (z @ torch.linalg.inv(torch.linalg.cholesky(z.T @ z / n)).T).float()[None]
 
 
-def ddim_frechet(theta: Theta, zeta: float, n: int = 2048) -> Tensor:
-    """`frechet` of what the sampler makes, (seeds,) float64; the sampler's only randomness is where it starts."""
+def ddim_moments(theta: Theta, zeta: float, n: int = 2048) -> tuple[Tensor, Tensor]:
+    """Mean (seeds, 2) and covariance (seeds, 2, 2) of what the sampler makes, whose only randomness is its start."""
     x = ddim(theta, even_noise(n), zeta).double()
     centred = x - x.mean(1, keepdim=True)
-    return frechet(x.mean(1), centred.mT @ centred / n)
+    return x.mean(1), centred.mT @ centred / n
 
 
 def gradient(theta: Theta, data: Tensor, generator: torch.Generator) -> Theta:
@@ -174,8 +180,3 @@ def ar_sample(theta: Theta, n: int, tau: float, generator: torch.Generator) -> T
     mean, cov = ar_moments(theta, tau)
     z = torch.randn(len(mean), n, 2, generator=generator, dtype=torch.float64)
     return mean[:, None] + z @ torch.linalg.cholesky(cov).mT
-
-
-def ar_frechet(theta: Theta, tau: float) -> Tensor:
-    """`frechet` of what the sampler makes at temperature τ, exact."""
-    return frechet(*ar_moments(theta, tau))

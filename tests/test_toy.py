@@ -1,9 +1,13 @@
 """The closed forms of the toy, against sampling, SciPy and the library's own statistics."""
 
 import math
+from pathlib import Path
 
+import pandas as pd
+import papermill
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import dblquad
@@ -12,6 +16,7 @@ from torch.testing import assert_close
 from neon import toy
 from neon.metrics import Reference, frechet_distance
 
+ROOT = Path(__file__).parents[1]
 COVARIANCES = st.tuples(*[st.floats(0.2, 3)] * 2, st.floats(-0.9, 0.9))
 
 
@@ -76,7 +81,7 @@ def exact_predictor(monkeypatch):
     """E[noise | x, t] for data from N(0, TARGET), in place of the network."""
 
     def predict(theta, x, t):
-        share = toy.alpha_bar(t[0, 0, 0].double())
+        share = toy.alpha_bar((t[0, 0, 0] * toy.TIMES).double())
         cov = share * toy.TARGET + (1 - share) * torch.eye(2)
         return ((1 - share).sqrt() * (x.double() @ torch.linalg.inv(cov))).float()
 
@@ -92,7 +97,8 @@ def test_the_scaled_score_seeks_modes_or_spreads(monkeypatch):
     spread = {zeta: torch.cov(toy.ddim(theta, noise, zeta)[0].T.double()) for zeta in (0.9, 1.0, 1.1)}
     assert_close(spread[1.0], toy.TARGET, rtol=0.03, atol=0.03)
     assert toy.trace(spread[1.1]) < 0.8 * toy.trace(toy.TARGET) < 1.2 * toy.trace(toy.TARGET) < toy.trace(spread[0.9])
-    assert toy.ddim_frechet(theta, 1.0) < 0.01 < toy.ddim_frechet(theta, 1.1)
+    assert_close(toy.ddim_moments(theta, 1.1)[1][0], spread[1.1], rtol=1e-3, atol=1e-3)
+    assert toy.frechet(*toy.ddim_moments(theta, 1.0)) < 0.01 < toy.frechet(*toy.ddim_moments(theta, 1.1))
 
 
 def test_seeds_are_trained_side_by_side():
@@ -122,3 +128,17 @@ def test_cosine():
     c = {"x": torch.tensor([[3.0, 4.0], [3.0, 4.0]]), "y": torch.zeros(2, 1)}
     d = {"x": torch.tensor([[3.0, -4.0], [3.0, -4.0]]), "y": torch.zeros(2, 1)}
     assert_close(toy.cosine(c, d, skewed), torch.full((2,), 5 / 13, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_the_notebook_runs(tmp_path):
+    """In small; what it writes is what the pipeline's stage promises."""
+    few = {"seeds": 2, "ar_seeds": 4, "epochs": 20, "fine_tunes": [2, 4], "gradient_samples": 100}
+    notebook = ROOT / "notebooks" / "toy_gaussian.ipynb"
+    papermill.execute_notebook(
+        notebook, tmp_path / "toy_gaussian.ipynb", {"results": str(tmp_path), **few}, progress_bar=False
+    )
+    stage = yaml.safe_load((ROOT / "mini" / "dvc.yaml").read_text())["stages"]["toy"]
+    promised = {Path(name).name for out in stage["outs"] for name in out}
+    assert {file.name for file in tmp_path.iterdir()} == promised
+    table = pd.read_csv(tmp_path / "toy.csv")
+    assert len(table) == 2 * 2 * 2 + 2 * 3 * 2 and table[["positive", "negative"]].sum(axis=1).le(1 + 1e-6).all()

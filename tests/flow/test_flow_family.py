@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fill import fill_parameters
-from processes import files, finish, kill_when, neon, ranks, start
+from processes import neon
 
 from flow import family
 from flow.configs import NETWORKS
@@ -121,69 +122,67 @@ def test_flips_and_couplings_of_the_recipes():
     assert loss["cifar10_otcfm"] < loss["cifar10_icfm"]
 
 
-def run(command: str, cwd: Path) -> subprocess.CompletedProcess:
-    variables = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(shlex.split(command), cwd=cwd, env=variables, capture_output=True, text=True, timeout=280)
+def script(command: str, monkeypatch, capsys) -> str:
+    """Run 'flow/merge.py …' in this process; what it prints."""
+    words = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(words[0], run_name="__main__")
+    return capsys.readouterr().out
 
 
-def test_the_recipe_from_end_to_end(checkout):
-    kappa = "--solver euler --num_steps 2"
+def fid_of(line: str) -> float:
+    found = re.fullmatch(r"FID (\d+\.\d+)  \(flow matching, euler, 2 steps, 40 images, [\d.]+ s\)", line.strip())
+    return float(found[1])
+
+
+def test_the_recipe_from_end_to_end(checkout, monkeypatch, capsys):
+    monkeypatch.chdir(checkout)
+    base, kappa = "base.safetensors", "--solver euler --num_steps 2"
     measure = f"--ref ref.npz --features digits:cnn.safetensors --metrics fid {kappa}"
-    for command in [
-        f"python flow/generate_dataset.py --model base.safetensors --seeds 0-15 --out S {kappa}",
-        "python flow/selftrain.py --base base.safetensors --recipe digits --data S --out run --batch 4 --budget 8",
-        f"neon search --family flow --base base.safetensors --selftrained run --w=0,1 --seeds 20-29 {measure}"
-        " --out search.jsonl",
-        f"neon final --family flow --base base.safetensors --search search.jsonl --seeds 30-39 {measure} --out f.jsonl",
-        "python flow/merge.py --base base.safetensors --selftrained run -w 1.5 --out neon.safetensors",
-    ]:
-        result = run(command, checkout)
-        assert result.returncode == 0, (command, result.stderr[-2000:])
-    assert [json.loads(line)["w"] for line in (checkout / "search.jsonl").read_text().splitlines()] == [0, 1]
-    old, new, merged = (
-        load_weights(checkout / p)
-        for p in ("base.safetensors", "run/snapshot-000000008.safetensors", "neon.safetensors")
-    )
+    search, final = (f"{name} --family flow --base {base}" for name in ("search", "final"))
+    script(f"flow/generate_dataset.py --model {base} --seeds 0-15 --out S {kappa}", monkeypatch, capsys)
+    recipe = "--recipe digits --data S --out run --batch 4 --budget 8"
+    script(f"flow/selftrain.py --base {base} {recipe}", monkeypatch, capsys)
+    neon(*f"{search} --selftrained run --w=0,1 --seeds 20-29 {measure} --out search.jsonl".split())
+    neon(*f"{final} --search search.jsonl --seeds 30-39 {measure} --out final.jsonl".split())
+    merge = f"--base {base} --selftrained run -w 1.5 --out neon.safetensors"
+    script(f"flow/merge.py {merge}", monkeypatch, capsys)
+    assert [json.loads(line)["w"] for line in Path("search.jsonl").read_text().splitlines()] == [0, 1]
+    names = (base, "run/snapshot-000000008.safetensors", "neon.safetensors")
+    old, new, merged = (load_weights(name) for name in names)
     assert all(torch.equal(t, merge_tensor(old[name], new[name], 1.5)) for name, t in merged.items())
-    script = f"flow/calculate_fid.py --model_ckpt neon.safetensors --seeds 40-79 {measure}"
-    printed = {}
-    for launch in (f"python {script} --max_batch_size 40", f"torchrun --nproc_per_node=2 {script} --max_batch_size 7"):
-        result = run(launch, checkout)
-        assert result.returncode == 0, result.stderr[-2000:]
-        line = re.fullmatch(
-            r"FID (\d+\.\d+)  \(flow matching, euler, 2 steps, 40 images, [\d.]+ s\)", result.stdout.strip()
-        )
-        printed[launch] = float(line[1])
-    one, two = printed.values()
-    assert one == pytest.approx(two, rel=1e-3)  # a level of a pixel may change where truncation falls on an edge
+
+    command = f"flow/calculate_fid.py --model_ckpt neon.safetensors --seeds 40-79 {measure}"
+    one = fid_of(script(f"{command} --max_batch_size 40", monkeypatch, capsys))
+    two = run(f"torchrun --standalone --nproc_per_node=2 {command} --max_batch_size 7", checkout)
+    assert two.returncode == 0, two.stderr[-2000:]
+    # a level of a pixel may change where truncation falls on an edge
+    assert one == pytest.approx(fid_of(two.stdout), rel=1e-3)
 
 
-def test_errors_are_one_line(checkout):
-    script = "python flow/calculate_fid.py --ref ref.npz --features digits:cnn.safetensors --metrics fid --seeds 0-3"
-    for change, message in [
-        ("--model_ckpt nowhere.pt", "no such file"),
-        ("--model_ckpt base.safetensors --tol 2", "tol must lie"),
-    ]:
-        result = run(f"{script} {change}", checkout)
-        assert result.returncode == 1 and not result.stdout
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
-
-
-def test_generation_goes_on(checkout, tmp_path):
-    def generating(out):
-        words = ["generate", "--family", "flow", "--model", checkout / "base.safetensors", "--seeds", "0-299"]
-        return [*words, "--out", out, "--batch_size", 4, "--solver", "euler", "--num_steps", 4]
-
-    neon(*generating(tmp_path / "whole"))
-    killed = start(*generating(tmp_path / "killed"))
-    kill_when(lambda: len(list((tmp_path / "killed").rglob("*.png"))) >= 8, killed)
-    finish(*ranks(2, *generating(tmp_path / "killed")))
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+@pytest.mark.parametrize(
+    "change, message",
+    [("--model_ckpt nowhere.pt", "no such file"), ("--model_ckpt base.safetensors --tol 2", "tol must lie")],
+)
+def test_errors_are_one_line(checkout, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(checkout)
+    measure = "--ref ref.npz --features digits:cnn.safetensors --metrics fid --seeds 0-3"
+    with pytest.raises(SystemExit) as exit:
+        script(f"flow/calculate_fid.py {measure} {change}", monkeypatch, capsys)
+    printed = capsys.readouterr()
+    assert exit.value.code == 1 and not printed.out
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err
 
 
 def test_scripts_shadow_nothing():
     names = {p.stem for p in (ROOT / "flow").glob("*.py")} - {"__init__"}
     assert names.isdisjoint(sys.stdlib_module_names)
+
+
+def run(command: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run as a user would, with the project's environment active."""
+    variables = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(shlex.split(command), cwd=cwd, env=variables, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.slow
