@@ -38,9 +38,7 @@ class Sampling:
 class Loading:
     """What load and create need beside the checkpoint."""
 
-    vae: str = (
-        ""  # folder or hub id of the VAE (default: sd-vae-ft-ema near the checkpoint, in checkpoints/, or the hub's)
-    )
+    vae: str = ""  # folder or hub id of the VAE; default: see find_vae
 
 
 class IMM(nn.Module):
