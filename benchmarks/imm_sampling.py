@@ -1,4 +1,4 @@
-"""Images per second of IMM sampling, by steps, precision and way of guidance, and the share of the VAE.
+"""Latents per second of IMM sampling, by steps, precision and way of guidance, and what decoding them costs.
 
     python benchmarks/imm_sampling.py [--depth 28] [--batch 8] [--rounds 3]
 
@@ -15,8 +15,12 @@ from diffusers import AutoencoderKL
 from timing import seconds
 
 from imm import family
+from imm.autoencoder import StableDiffusionVAE
 from imm.latents import decode
+from imm.sampler import sample
 from neon.distributed import world
+from neon.precision import autocast
+from neon.sampling import Streams
 
 STABLE_DIFFUSION = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -39,31 +43,31 @@ def in_two_passes(net):
 
 
 def variants(depth: int, device: torch.device, compiled: bool):
-    """name → (model, steps), all of the same initial weights."""
+    """name → (network, steps, precision), all of the same initial weights."""
+
+    def build():
+        torch.manual_seed(0)
+        return family.IMMPrecond(**family.networks["imagenet256"], depth=depth).to(device).eval()
+
+    net, slow = build(), build()
+    slow.forward = in_two_passes(slow)
+    yield "float32", (net, 8, "float32")
+    yield "float32, guidance in two passes", (slow, 8, "float32")
+    half = "float16" if device.type == "cuda" else "bfloat16"
+    yield half, (net, 8, half)
+    if compiled:
+        fast = family.IMM(build(), None)
+        fast.compile()
+        yield f"{half}, compile", (fast.net, 8, half)
+    for steps in (4, 2, 1):
+        yield f"float32, {steps} steps", (net, steps, "float32")
+
+
+def stable_diffusion(device: torch.device) -> StableDiffusionVAE:
+    """A VAE of the released size with initial weights."""
     with tempfile.TemporaryDirectory() as folder:
         AutoencoderKL(**STABLE_DIFFUSION).save_pretrained(folder)
-        model = family.create("imagenet256", device=device, vae=folder, depth=depth)
-
-    def like(precision="float32", net=model.net):
-        return family.IMM(net, model.vae, precision)
-
-    def copy():
-        net = family.IMMPrecond(**family.networks["imagenet256"], depth=depth).to(device)
-        net.load_state_dict(model.net.state_dict())
-        return net
-
-    yield "float32", (model, 8)
-    slow = copy()
-    slow.forward = in_two_passes(slow)
-    yield "float32, guidance in two passes", (like(net=slow), 8)
-    half = "float16" if device.type == "cuda" else "bfloat16"
-    yield half, (like(half), 8)
-    if compiled:
-        fast = like(half, copy())
-        fast.compile()
-        yield f"{half}, compile", (fast, 8)
-    for steps in (4, 2, 1):
-        yield f"float32, {steps} steps", (model, steps)
+        return StableDiffusionVAE(folder).to(device)
 
 
 def main() -> None:
@@ -74,29 +78,28 @@ def main() -> None:
     parser.add_argument("--no_compile", action="store_true", help="skip torch.compile, which needs a C++ compiler")
     args = parser.parse_args()
     with world() as here, torch.no_grad():
-        runs = dict(variants(args.depth, here.device, not args.no_compile))
-        seeds, times = torch.arange(args.batch), {name: [] for name in runs}
+        device, seeds = here.device, torch.arange(args.batch)
+        runs = dict(variants(args.depth, device, not args.no_compile))
+        times = {name: [] for name in runs}
         for round in range(-1, args.rounds):  # round -1 warms up
-            for name, (model, steps) in runs.items():
+            for name, (net, steps, precision) in runs.items():
 
-                def run(model=model, steps=steps):
-                    options = {"num_steps": steps, "cfg_scale": 1.8, "schedule": "uniform"}
-                    family.sample(model, seeds, family.labels(model, seeds), **options)
+                def run(net=net, steps=steps, precision=precision):
+                    with autocast(device, precision):
+                        sample(net, Streams(seeds, device), seeds, steps=steps, cfg=1.8)
 
-                elapsed = seconds(run, here.device)
+                elapsed = seconds(run, device)
                 if round >= 0:
                     times[name].append(elapsed)
         first = times["float32"]
-        gpu = here.device.type == "cuda"
-        where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+        where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         print(f"IMM, {args.depth} blocks, 8 steps, cfg 1.8, batch {args.batch}, {where}, torch {torch.__version__}")
         for name, values in times.items():
             ratio = statistics.median(a / b for a, b in zip(first, values))
-            print(f"{name:34s}{args.batch / statistics.median(values):9.3f} images/s{ratio:7.2f}×")
-        model, _ = runs["float32"]
-        latents = torch.randn(args.batch, 4, 32, 32, device=here.device)
-        share = seconds(lambda: decode(model.vae, latents), here.device) / statistics.median(first)
-        print(f"VAE: {share:.1%} of float32")
+            print(f"{name:34s}{args.batch / statistics.median(values):9.3f} latents/s{ratio:7.2f}×")
+        vae, latents = stable_diffusion(device), torch.randn(args.batch, 4, 32, 32, device=device)
+        ratio = seconds(lambda: decode(vae, latents), device) / statistics.median(first)
+        print(f"decoding in float32 takes {ratio:.2f} times as long as sampling in 8 steps")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from neon import NeonError
+from neon.precision import autocast
 
 NAME = "sd-vae-ft-ema"
 HUB = f"stabilityai/{NAME}"
-FETCH = f"hf download {HUB} --local-dir checkpoints/{NAME}"
+FETCH = f"hf download {HUB} --local-dir imm/pretrained/{NAME}"
 
 
 class StableDiffusionVAE(nn.Module):
@@ -40,7 +41,7 @@ class StableDiffusionVAE(nn.Module):
         return self.kl.dtype
 
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast(pixels.device.type, enabled=False):
+        with autocast(pixels.device, "float32"):
             posterior = self.kl.encode(pixels).latent_dist
         return posterior.mean, posterior.std
 
@@ -55,7 +56,7 @@ class StableDiffusionVAE(nn.Module):
 
 
 def find_vae(given: str = "", checkpoint: str | Path | None = None) -> str:
-    """The given source, or a folder of the released name beside the checkpoint or in checkpoints/, or the hub id."""
+    """The given source, or a folder of the released name beside the checkpoint or in imm/pretrained/, or the hub id."""
     near = [Path(checkpoint).parent] if checkpoint else []
-    folders = (folder / NAME for folder in [*near, Path("checkpoints")])
+    folders = (folder / NAME for folder in [*near, Path(__file__).parent / "pretrained"])
     return given or next((str(f) for f in folders if f.is_dir()), HUB)

@@ -16,7 +16,8 @@ from imm.loss import draw, moment_matching_loss
 from imm.network import IMMPrecond
 from imm.sampler import sample as sample_net
 from neon import NeonError, recorded
-from neon.family import named
+from neon.family import check_images, named
+from neon.precision import autocast
 from neon.sampling import Streams
 
 __all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
@@ -37,9 +38,7 @@ class Sampling:
 class Loading:
     """What load and create need beside the checkpoint."""
 
-    vae: str = (
-        ""  # folder or hub id of the VAE (default: sd-vae-ft-ema near the checkpoint, in checkpoints/, or the hub's)
-    )
+    vae: str = ""  # folder or hub id of the VAE; default: see find_vae
 
 
 class IMM(nn.Module):
@@ -104,9 +103,8 @@ def sample(
 ) -> torch.Tensor:
     """uint8 (N, C, H, W); options: fields of Sampling."""
     device = model.net.model.pos_embed.device
-    dtype = getattr(torch, model.precision)
     guidance = None if labels is None or cfg_scale == 1 else cfg_scale
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with autocast(device, model.precision):
         x = sample_net(model.net, Streams(seeds, device), labels, steps=num_steps, cfg=guidance, kind=schedule)
         return decode(model.vae, x) if model.vae else to_uint8(2 * x)
 
@@ -115,12 +113,7 @@ def check(model: IMM, shape: tuple[int, ...], labels: torch.Tensor | None) -> No
     """Raises NeonError if the model cannot be trained on images of that (C, H, W) and labels."""
     net = model.net
     side = net.img_resolution * (8 if model.vae else 1)
-    if tuple(shape) != (wanted := (3 if model.vae else net.img_channels, side, side)):
-        raise NeonError(f"images are {tuple(shape)}, this IMM is trained on {wanted}")
-    if net.label_dim and labels is None:
-        raise NeonError("the network is class-conditional, but the images have no labels")
-    if net.label_dim and not 0 <= labels.min() <= labels.max() < net.label_dim:
-        raise NeonError(f"labels must lie in 0…{net.label_dim - 1}, the set has {labels.min()}…{labels.max()}")
+    check_images(shape, labels, (3 if model.vae else net.img_channels, side, side), net.label_dim)
 
 
 def loss(

@@ -10,6 +10,7 @@ import torch
 
 from imm.network import IMMPrecond, logsnr, nt_to_time, time_to_nt
 from neon import NeonError
+from neon.precision import autocast
 
 M = 4  # images in a group
 
@@ -104,7 +105,7 @@ def moment_matching_loss(
 
     kept = class_labels * (draws.gate >= label_dropout)[:, None]
     jump_t = net(x_t, t_, s_, kept).unflatten(0, (-1, M))
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+    with torch.no_grad(), autocast(images.device, "float32"):
         jump_r = net(x_r, r_, s_, class_labels).unflatten(0, (-1, M))
 
     t, s = t.flatten(), s.flatten()

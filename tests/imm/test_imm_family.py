@@ -7,7 +7,7 @@ import pytest
 import torch
 from imm_tiny import GOLDEN, TINY, golden, near, tiny, write_digits, write_pickle, write_vae
 
-from imm import family
+from imm import autoencoder, family
 from imm.autoencoder import NAME, StableDiffusionVAE
 from neon import NeonError
 from neon.checkpoint import save_safetensors
@@ -110,21 +110,20 @@ def test_files_that_are_no_imm(released, vae, tmp_path):
 
 
 def test_where_the_vae_is_looked_for(released, vae, tmp_path, monkeypatch):
-    """Given, beside the checkpoint, in checkpoints/; else the hub id, which needs to have been fetched."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    """Given, beside the checkpoint, in pretrained/; else the hub id, which needs to have been fetched."""
+    monkeypatch.setattr(autoencoder, "__file__", str(tmp_path / "imm" / "autoencoder.py"))
+    monkeypatch.setattr(autoencoder, "HUB", "nobody/nothing")
     lonely = tmp_path / "elsewhere" / "imm.pkl"
     lonely.parent.mkdir()
     lonely.symlink_to(released)
-    with pytest.raises(NeonError, match=r"stabilityai/sd-vae-ft-ema; get it with `hf download .*--vae"):
+    with pytest.raises(NeonError, match=r"nobody/nothing; get it with `hf download stabilityai/sd-vae-ft-ema .*--vae"):
         family.load(lonely, device="cpu")
     with pytest.raises(NeonError, match="no VAE in diffusers' format at nowhere"):
         family.load(lonely, device="cpu", vae="nowhere")
-    for folder in (tmp_path / "checkpoints", lonely.parent):  # each goes before those that already have it
-        folder.mkdir(exist_ok=True)
+    for folder in (tmp_path / "imm" / "pretrained", lonely.parent):  # the second goes before the first
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / NAME).symlink_to(vae)
-        found = family.load(lonely, device="cpu").vae.source
-        assert (tmp_path / found).absolute() == folder / NAME
+        assert family.load(lonely, device="cpu").vae.source == str(folder / NAME)
     assert family.load(lonely, device="cpu", vae=str(vae)).vae.source == str(vae)
 
 
@@ -191,7 +190,7 @@ def test_batches_and_images_that_cannot_be_trained_on(model, digits):
     family.check(model, (3, 64, 64), torch.arange(10))
     family.check(digits, (1, 8, 8), torch.arange(10))
     for net, shape, labels, message in [
-        (model, (3, 8, 8), torch.arange(10), r"images are \(3, 8, 8\), this IMM is trained on \(3, 64, 64\)"),
+        (model, (3, 8, 8), torch.arange(10), r"images are \(3, 8, 8\), the network is trained on \(3, 64, 64\)"),
         (digits, (3, 8, 8), torch.arange(10), r"trained on \(1, 8, 8\)"),
         (digits, (1, 8, 8), None, "no labels"),
         (digits, (1, 8, 8), torch.arange(11), "0…9, the set has 0…10"),
