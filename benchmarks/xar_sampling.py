@@ -69,7 +69,7 @@ def main() -> None:
 
         plain, compiled = build(), build()
         for block in (*compiled.encoder_blocks, *compiled.decoder_blocks):
-            block.compile(dynamic=True)
+            block.mlp.compile(dynamic=True)
         variants = {
             "float32": (plain, "float32", guided_velocity),
             "float32, always doubled": (plain, "float32", always_doubled),

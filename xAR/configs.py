@@ -69,7 +69,7 @@ RECIPES = {
     ),
     "digits": Recipe(
         batch=64,
-        lr=1.5e-4,
+        lr=2e-4,
         budget=9_600,
         snapshot=9_600,
         ramp=9_600,

@@ -65,9 +65,9 @@ class Model(nn.Module):
         return self.vae.image_channels, side, side
 
     def compile(self, *args, **kwargs):
-        """The blocks, which are alike, so that one compilation serves all of them."""
+        """The MLPs, which are alike; attention would be compiled anew for every state of its cache."""
         for block in (*self.transformer.encoder_blocks, *self.transformer.decoder_blocks):
-            block.compile(*args, dynamic=True, **kwargs)
+            block.mlp.compile(*args, dynamic=True, **kwargs)
 
 
 def new_transformer(config: Mapping[str, object]) -> XAR:
