@@ -7,9 +7,7 @@ from pathlib import Path
 import yaml
 
 from neon.io import atomic
-from neon.report import best_by_budget, final_table, markdown, read_rows, summarise
-
-CURVES = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se", "precision", "recall", "n"]
+from neon.report import CURVES, best_by_budget, final_table, markdown, read_rows, summarise
 
 
 def files(roots: list[Path], kind: str) -> dict[Path, dict]:

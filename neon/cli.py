@@ -103,6 +103,7 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     p = command("generate", run_generate, "write the synthetic set S: one PNG per seed and dataset.json")
     p.add_argument("--model", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
     p.add_argument("--out", required=True, help="folder; an interrupted run goes on")
+    add_replace(p)
     _add_sampling(p, family)
 
     p = command("evaluate", run_evaluate, "FID and other metrics of a model, or of a merge made in memory")
@@ -123,6 +124,7 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     p.add_argument("--grid", action="append", default=[], metavar="OPTION=GRID", help="also over a sampling option")
     p.add_argument("--stop", type=float, help="end a row when FID exceeds its best by this much (default: never)")
     p.add_argument("--out", required=True, help="JSON-lines file; what it holds already is not measured again")
+    add_replace(p)
     _add_sampling(p, family)
     _add_evaluation(p)
 
@@ -130,6 +132,7 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     p.add_argument("--base", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
     p.add_argument("--search", required=True, help="what `neon search` wrote")
     p.add_argument("--out", required=True, help="JSON-lines file")
+    add_replace(p)
     _add_sampling(p, family)
     _add_evaluation(p)
 
@@ -176,6 +179,10 @@ def _add_family(p: argparse.ArgumentParser) -> None:
     p.add_argument("--family", required=True, help=", ".join(FAMILIES))
 
 
+def add_replace(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--replace", action="store_true", help="what --out holds of a run with other options is deleted")
+
+
 def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
     p.add_argument("--tf32", action="store_true", help="allow TensorFloat-32 in float32 products (default: no)")
@@ -220,6 +227,7 @@ def _add_training(p: argparse.ArgumentParser, family) -> None:
     p.add_argument("--max_images", type=count, help="train on the first so many of them (default: all)")
     p.add_argument("--out", required=True, help="folder for snapshots and state; an interrupted run goes on")
     p.add_argument("--seed", type=natural, default=0)
+    add_replace(p)
     p.add_argument("--micro_batch", type=count, help="images per forward pass and process")
     p.add_argument("--save_every", type=count, help="images between saved states (default: at snapshots)")
     if family:
@@ -364,7 +372,7 @@ def run_train(args) -> None:
             origin = {"network": args.network}
         if (record := Path(args.data, "generate.json")).exists():
             origin["data"] = sha256(record)
-        options = {"micro_batch": args.micro_batch, "save_every": args.save_every, "origin": origin}
+        options = {name: getattr(args, name) for name in ("micro_batch", "save_every", "replace")} | {"origin": origin}
         snapshots = train(family, model, data, recipe, args.out, world=here, seed=args.seed, **options)
         if here.rank == 0:
             print(f"{len(snapshots)} snapshots in {args.out}, the last is {snapshots[-1].name}")
@@ -390,6 +398,7 @@ def run_generate(args) -> None:
             identity=identity,
             batch=args.batch_size,
             world=here,
+            replace=args.replace,
         )
 
 
@@ -459,11 +468,14 @@ def run_search(args) -> None:
             kappa(args, family),
             rows,
         )
-        best = None
+        best, seen = None, {}
         for point, fid in grid(lambda p: score(p)["fid"], trained, parse_grid(args.w), grids, args.stop):
             if here.rank == 0:
                 print(summary(score(point), evaluation.metrics), flush=True)
             best = min(best or (fid, point), (fid, point), key=lambda pair: pair[0])
+            seen[score(point)["key"]] = None
+        if args.replace:
+            rows.keep(seen)
         if here.rank == 0:
             print(f"best: {summary(score(best[1]), evaluation.metrics)}")
 
@@ -503,6 +515,7 @@ def run_final(args) -> None:
         candidates = _candidates(args, args.base, family, here)
         rows = _rows(args, here)
         measured: dict = {}
+        seen = []
         for role, at in points.items():
             result = rows.cached(
                 f"{role} {key_of(candidates, evaluation, options, at)}",
@@ -512,8 +525,11 @@ def run_final(args) -> None:
                 },
             )
             measured[at] = {k: v for k, v in result.items() if k not in ("role", "key")}
+            seen.append(result["key"])
             if here.rank == 0:
                 print(f"{role:12s}{summary(result, evaluation.metrics)}", flush=True)
+        if args.replace:
+            rows.keep(seen)
 
 
 def run_grid(args) -> None:

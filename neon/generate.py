@@ -9,7 +9,7 @@ import torch
 from neon import NeonError
 from neon.data import encode_png, image_name
 from neon.distributed import World
-from neon.io import atomic, progress, read_json, write_json
+from neon.io import atomic, discard, progress, read_json, write_json
 from neon.sampling import shard
 
 
@@ -23,18 +23,23 @@ def generate(
     identity: dict,
     batch: int,
     world: World,
+    replace: bool = False,
 ) -> None:
     """Write one PNG per seed, named by the seed, to `out`, and dataset.json when all are there.
 
     sample: (seeds (b,), labels (b,) or None) → uint8 (b, C, H, W). identity: JSON values that tell this set from any
     other (checkpoint, sampling options), kept in generate.json. Images that are there are kept, so an interrupted run
-    goes on; the files are the same for any batch size and number of processes. Raises NeonError if the folder holds
-    another set, or if seeds repeat.
+    goes on; the files are the same for any batch size and number of processes. replace: delete another set
+    that is there. Raises NeonError if the folder holds anything else, or if seeds repeat.
     """
     if len(seeds.unique()) < len(seeds):
         raise NeonError("a seed that is given twice would be one image: every seed once")
     out = Path(out)
     record = out / "generate.json"
+    world.barrier()
+    if replace and world.rank == 0 and record.exists() and read_json(record) != identity:
+        discard(out)
+    world.barrier()
     if record.exists() and (found := read_json(record)) != identity:
         differs = next(k for k in sorted(found.keys() | identity.keys()) if found.get(k) != identity.get(k))
         raise NeonError(f"{out} holds another set ({differs} differs); choose another --out")

@@ -32,6 +32,14 @@ def atomic(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def discard(folder: Path) -> None:
+    """Delete a folder with all in it; killed halfway, no part of it is left under its name."""
+    trash = folder.with_name(f".{folder.name}.partial")
+    _remove(trash)
+    os.replace(folder, trash)
+    _remove(trash)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

@@ -15,18 +15,23 @@ SUMMARY = [
 ]
 
 
-def read_rows(files: Mapping[Path, Mapping[str, object]]) -> pd.DataFrame:
-    """Rows of several JSON-lines files, each with the columns given for its file (say, setting and seed).
+CURVES = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se", "precision", "recall", "n"]
 
-    Guidance is the column cfg, also where a family's option for it has another name.
-    """
+
+def read_rows(files: Mapping[Path, Mapping[str, object]]) -> pd.DataFrame:
+    """Rows of several JSON-lines files, each with the columns given for its file (say, setting and seed)."""
     rows = [{**row, **columns} for path, columns in files.items() for row in Rows(path, write=False).rows.values()]
     if not rows:
         raise NeonError("no results yet")
-    table = pd.DataFrame(rows).drop(columns=["key", "versions"])
+    return table_of(rows)
+
+
+def table_of(rows: list[Mapping[str, object]]) -> pd.DataFrame:
+    """Guidance is the column cfg, also where a family's option for it has another name; none of CURVES is missing."""
+    table = pd.DataFrame(rows).drop(columns=["key", "versions"], errors="ignore")
     if "cfg_scale" in table:
         table["cfg"] = table.get("cfg", table["cfg_scale"]).fillna(table["cfg_scale"])
-    return table
+    return table.reindex(columns=[*table.columns, *(name for name in CURVES if name not in table)])
 
 
 def summarise(final: pd.DataFrame, by: Iterable[str] = ("family", "setting")) -> pd.DataFrame:
@@ -55,7 +60,7 @@ def summarise(final: pd.DataFrame, by: Iterable[str] = ("family", "setting")) ->
             line |= {f"{metric}_base": base[metric].mean(), f"{metric}_neon": neon[metric].mean()}
         lines.append(line)
     extra = [key for key in by if key not in SUMMARY]
-    return pd.DataFrame(lines)[[*extra, *SUMMARY]]
+    return pd.DataFrame(lines, columns=[*extra, *SUMMARY])
 
 
 def best_by_budget(search: pd.DataFrame) -> pd.DataFrame:

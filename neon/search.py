@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -17,7 +17,7 @@ from neon import NeonError
 from neon.checkpoint import load_weights, open_weights
 from neon.evaluate import Evaluation, row
 from neon.family import Family
-from neon.io import sha256
+from neon.io import atomic, sha256
 from neon.merge import is_finite, merge
 
 
@@ -146,6 +146,13 @@ class Rows:
                 with self.path.open("a") as f:
                     f.write(json.dumps(self.rows[key]) + "\n")
         return self.rows[key]
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Drop all other rows, from the file too."""
+        self.rows = {key: self.rows[key] for key in keys}
+        if self.write:
+            with atomic(self.path) as partial:
+                partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()))
 
 
 def key_of(candidates: Candidates, evaluation: Evaluation, kappa: Mapping[str, object], point: Point) -> str:

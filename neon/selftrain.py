@@ -17,7 +17,7 @@ from neon.checkpoint import open_weights, save_safetensors
 from neon.data import ORDERS, ImageSet, batches
 from neon.distributed import World
 from neon.family import Family, Recipe
-from neon.io import progress
+from neon.io import discard, progress
 from neon.precision import autocast
 
 STATE = "state.safetensors"
@@ -45,6 +45,7 @@ def train(
     micro_batch: int | None = None,
     save_every: int | None = None,
     origin: Mapping[str, object] | None = None,
+    replace: bool = False,
 ) -> list[Path]:
     """Train `model` on `data` for recipe.budget images and return the paths of the snapshots.
 
@@ -54,7 +55,8 @@ def train(
     and `origin` (say, the sha256 of the base).
 
     micro_batch: images per forward pass and process (default all of the process's share);
-    save_every: images between states (default recipe.snapshot). Raises NeonError if the folder holds another run or
+    save_every: images between states (default recipe.snapshot);
+    replace: delete another run that is there. Raises NeonError if the folder holds another run or
     anything else, if the batch does not divide over the processes, or if weights or loss are not finite (the last
     snapshot stays).
     """
@@ -69,6 +71,12 @@ def train(
     optimizer = make_optimizer(params, recipe)
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "float16")
     identity = _identity(recipe, seed, world, len(data), origin)
+    if replace:
+        another = bool(_difference(out / STATE, identity))
+        world.barrier()
+        if another and world.rank == 0:
+            discard(out)
+        world.barrier()
     images = _restore(out / STATE, identity, params, ema, optimizer, scaler)
     if images == 0:
         _check_finite(params, 0, out)
@@ -191,6 +199,21 @@ def _save(path: Path, identity: dict, images: int, params, ema, optimizer, scale
     save_safetensors(path, tensors, metadata)
 
 
+def _difference(path: Path, identity: dict) -> str | None:
+    """How the run whose state is at `path` differs from that of `identity`; None if it does not, or there is none."""
+    if not path.exists():
+        return None
+    with open_weights(path) as state:
+        if "run" not in state.metadata:
+            raise NeonError(f"{path} is not the state of a training run; choose another --out")
+        saved = json.loads(state.metadata["run"])
+    for key in sorted(identity.keys() | saved.keys()):
+        if identity.get(key) != saved.get(key):
+            was, now = saved.get(key), identity.get(key)
+            return f"{path.parent} holds another run ({key} is {was} there, {now} here); choose another --out"
+    return None
+
+
 @torch.no_grad()
 def _restore(path: Path, identity: dict, params, ema, optimizer, scaler) -> int:
     """Load a saved state in place; returns the images seen so far, 0 without a state."""
@@ -198,16 +221,9 @@ def _restore(path: Path, identity: dict, params, ema, optimizer, scaler) -> int:
         if any(not file.name.startswith(".") for file in path.parent.glob("*")):
             raise NeonError(f"{path.parent} is not empty and not a training folder; choose another --out")
         return 0
+    if difference := _difference(path, identity):
+        raise NeonError(difference)
     with open_weights(path) as state:
-        if "run" not in state.metadata:
-            raise NeonError(f"{path} is not the state of a training run; choose another --out")
-        saved = json.loads(state.metadata["run"])
-        for key in sorted(identity.keys() | saved.keys()):
-            if identity.get(key) != saved.get(key):
-                was, now = saved.get(key), identity.get(key)
-                raise NeonError(
-                    f"{path.parent} holds another run ({key} is {was} there, {now} here); choose another --out"
-                )
         for name, p in params.items():
             p.copy_(state[f"param/{name}"])
             if ema is not None:
