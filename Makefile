@@ -3,7 +3,7 @@ BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::UserWarning:multiprocessing.resource_tracker
 
-.PHONY: setup demo mini test lint format lock clean
+.PHONY: setup demo mini mini-ablations test lint format lock clean
 
 setup: .venv/installed
 
@@ -19,6 +19,10 @@ setup: .venv/installed
 demo mini: setup
 	@cd mini && dvc repro notebooks@$@ $(if $(filter mini,$@),page)
 	@echo; cat results/$@/table.md; echo "w-curves and executed notebooks are in results/$@"
+
+mini-ablations: setup
+	@cd mini/ablations && dvc repro
+	@for ablation in cross part guidance; do echo; cat results/mini/ablations/$$ablation/table.md; done
 
 test: setup
 	pytest
