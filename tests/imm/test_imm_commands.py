@@ -67,18 +67,12 @@ def test_same_fid_for_one_and_two_processes_and_batch_sizes(checkout):
     assert one == pytest.approx(two, rel=1e-4)  # a level of a pixel may change where truncation falls on an edge
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ("--num_steps 0", "at least one step"),
-        (f"--network_pkl {RELEASED} --vae nowhere", "get it with `hf download stabilityai/sd-vae-ft-ema"),
-    ],
-)
-def test_errors_are_one_line(checkout, change, message):
+def test_errors_are_one_line(checkout):
     command = tiny_version(COMMAND).split("nproc_per_node=8 ")[1]
-    result = run(f"python {command} --num_images 2 {SMALL} --metrics fid {change}", checkout)
+    result = run(f"python {command} --num_images 2 {SMALL} --metrics fid --num_steps 0", checkout)
     assert result.returncode == 1 and not result.stdout
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "at least one step" in result.stderr
 
 
 def test_defaults(checkout):
@@ -100,20 +94,24 @@ def test_scripts_shadow_nothing():
     assert done.stdout.strip() == "[]"
 
 
-def test_the_recipe_from_end_to_end(checkout):
+def test_the_recipe_from_end_to_end(checkout, monkeypatch):
     """Every script of the folder, in the order of the recipe."""
+    monkeypatch.chdir(checkout)
     base, few = "digits.safetensors", f"{SMALL} --metrics fid --num_steps 2"
     measure = f"--family imm --base {base} --ref small.npz {few}"
     for command in [
-        f"python imm/generate_dataset.py --model {base} --seeds 0-7 --out made --num_steps 2",
-        f"python imm/selftrain.py --base {base} --recipe digits --data made --out run {BRIEF}",
-        f"neon search {measure} --selftrained run --w=0,1 --grid cfg_scale=1,2 --seeds 20-23 --out search.jsonl",
-        f"neon final {measure} --search search.jsonl --seeds 30-33 --out final.jsonl",
-        f"python imm/merge.py --base {base} --selftrained run -w 1.5 --out neon.safetensors",
-        f"python imm/calculate_fid.py --network_pkl neon.safetensors --fid_stats small.npz --num_images 4 {few}",
+        f"imm/generate_dataset.py --model {base} --seeds 0-7 --out made --num_steps 2",
+        f"imm/selftrain.py --base {base} --recipe digits --data made --out run {BRIEF}",
+        f"search {measure} --selftrained run --w=0,1 --grid cfg_scale=1,2 --seeds 20-23 --out search.jsonl",
+        f"final {measure} --search search.jsonl --seeds 30-33 --out final.jsonl",
+        f"imm/merge.py --base {base} --selftrained run -w 1.5 --out neon.safetensors",
+        f"imm/calculate_fid.py --network_pkl neon.safetensors --fid_stats small.npz --num_images 4 {few}",
     ]:
-        result = run(command, checkout)
-        assert result.returncode == 0, (command, result.stderr[-2000:])
+        if command.startswith("imm/"):
+            result = run(f"python {command}", checkout)
+            assert result.returncode == 0, (command, result.stderr[-2000:])
+        else:
+            neon(*command.split())
     rows = [json.loads(line) for line in (checkout / "search.jsonl").read_text().splitlines()]
     assert {(row["w"], row["cfg_scale"], row["budget"], row["num_synthetic"]) for row in rows} == {
         *((0, c, 0, 0) for c in (1, 2)),
@@ -174,6 +172,9 @@ def test_self_training_goes_on(checkout, tmp_path):
 
 
 def test_errors(checkout, tmp_path):
+    images = ("--seeds", "0-1", "--out", tmp_path / "S")
+    message = error_of("generate", "--family", "imm", "--model", checkout / RELEASED, *images, "--vae", "nowhere")
+    assert "get it with `hf download stabilityai/sd-vae-ft-ema" in message and not (tmp_path / "S").exists()
     command = training(checkout, tmp_path / "out")
     assert "groups of 4" in error_of(*command, "--batch", 6)
     command[command.index("--data") + 1] = write_images(tmp_path / "plain", (1, 8, 8), 4, 10, labelled=False)
