@@ -12,7 +12,7 @@ from neon.precision import autocast
 
 NAME = "sd-vae-ft-ema"
 HUB = f"stabilityai/{NAME}"
-FETCH = f"hf download {HUB} --local-dir imm/pretrained/{NAME}"
+FETCH = f"hf download {HUB} --local-dir checkpoints/{NAME}"
 
 
 class StableDiffusionVAE(nn.Module):
@@ -56,7 +56,7 @@ class StableDiffusionVAE(nn.Module):
 
 
 def find_vae(given: str = "", checkpoint: str | Path | None = None) -> str:
-    """The given source, or a folder of the released name beside the checkpoint or in imm/pretrained/, or the hub id."""
+    """The given source, or a folder of the released name beside the checkpoint or in checkpoints/, or the hub id."""
     near = [Path(checkpoint).parent] if checkpoint else []
-    folders = (folder / NAME for folder in [*near, Path(__file__).parent / "pretrained"])
+    folders = (folder / NAME for folder in [*near, Path("checkpoints")])
     return given or next((str(f) for f in folders if f.is_dir()), HUB)

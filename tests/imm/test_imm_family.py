@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,8 +111,8 @@ def test_files_that_are_no_imm(released, vae, tmp_path):
 
 
 def test_where_the_vae_is_looked_for(released, vae, tmp_path, monkeypatch):
-    """Given, beside the checkpoint, in pretrained/; else the hub id, which needs to have been fetched."""
-    monkeypatch.setattr(autoencoder, "__file__", str(tmp_path / "imm" / "autoencoder.py"))
+    """Given, beside the checkpoint, in checkpoints/; else the hub id, which needs to have been fetched."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(autoencoder, "HUB", "nobody/nothing")
     lonely = tmp_path / "elsewhere" / "imm.pkl"
     lonely.parent.mkdir()
@@ -120,7 +121,7 @@ def test_where_the_vae_is_looked_for(released, vae, tmp_path, monkeypatch):
         family.load(lonely, device="cpu")
     with pytest.raises(NeonError, match="no VAE in diffusers' format at nowhere"):
         family.load(lonely, device="cpu", vae="nowhere")
-    for folder in (tmp_path / "imm" / "pretrained", lonely.parent):  # the second goes before the first
+    for folder in (Path("checkpoints"), lonely.parent):  # the second goes before the first
         folder.mkdir(parents=True, exist_ok=True)
         (folder / NAME).symlink_to(vae)
         assert family.load(lonely, device="cpu").vae.source == str(folder / NAME)
