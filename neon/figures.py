@@ -198,6 +198,7 @@ def budget(best: pd.DataFrame, titles: dict[str, str] | None = None) -> Figure:
         for colour, n in zip(plt.get_cmap("viridis")(np.linspace(0.8, 0.1, len(sizes))), sizes):
             _band(ax, rows[rows["num_synthetic"] == n].groupby("budget")["fid"], color=colour, label=f"|S| = {n}")
         ax.axhline(rows[rows["budget"] == 0]["fid"].mean(), color="grey", ls=":", label="base")
+        ax.set_ylim(0, 1.3 * rows.groupby(["num_synthetic", "budget"])["fid"].mean().max())  # few seeds: wide bands
         ax.set_title((titles or {}).get(setting, setting), loc="left", fontsize=9)
         ax.set_xlabel("budget B (images seen)")
         ax.set_ylabel("best FID over w")
