@@ -27,11 +27,11 @@ def read_rows(files: Mapping[Path, Mapping[str, object]]) -> pd.DataFrame:
 
 
 def table_of(rows: list[Mapping[str, object]]) -> pd.DataFrame:
-    """Guidance is the column cfg, also where a family's option for it has another name; none of CURVES is missing."""
+    """Guidance is the column cfg, also where a family calls it otherwise. Columns that nobody wrote are empty."""
     table = pd.DataFrame(rows).drop(columns=["key", "versions"], errors="ignore")
     if "cfg_scale" in table:
         table["cfg"] = table.get("cfg", table["cfg_scale"]).fillna(table["cfg_scale"])
-    return table.reindex(columns=[*table.columns, *(name for name in CURVES if name not in table)])
+    return table.reindex(columns=[*table.columns, *(name for name in (*CURVES, "num_synthetic") if name not in table)])
 
 
 def summarise(final: pd.DataFrame, by: Iterable[str] = ("family", "setting")) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import yaml
 from pick import rows_of
 
 from neon.io import atomic
-from neon.report import CURVES, markdown, summarise, table_of
+from neon.report import CURVES, best_by_budget, markdown, summarise, table_of
 
 HERE = Path(__file__).parent
 TITLES = {
@@ -87,6 +87,8 @@ def main(out: Path) -> None:
         table = table_of([{**row, "setting": name, "seed": 0} for name, part in rows.items() for row in part])
         columns = ["role", *CURVES] if kind == "final" else CURVES
         tables[f"{kind}.csv"] = table.reindex(columns=columns).to_csv(index=False, float_format="%.5g")
+        if kind == "search":
+            tables["budget.csv"] = best_by_budget(table).to_csv(index=False, float_format="%.5g")
     tables["settings.csv"] = summarise(table).to_csv(index=False, float_format="%.5g")
     out.mkdir(parents=True, exist_ok=True)
     for name, text in tables.items():

@@ -283,6 +283,22 @@ def test_final_samples_and_measures_as_the_search_did(mini, searched, tmp_path):
     assert {row["num_steps"] for row in rows(out)} <= {2, 3}
 
 
+def test_replace(mini, tmp_path):
+    """Rows of another search or final evaluation are dropped; those of this one are not measured again."""
+    path, out = tmp_path / "rows.jsonl", tmp_path / "final.jsonl"
+    neon(*search(mini, path, w="0,1"))
+    before = {row["key"]: row for row in map(json.loads, path.read_text().splitlines())}
+    neon(*search(mini, path, "--replace", w="1,0.5"))
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["w"] for row in found] == [1, 0.5, 1, 0.5]
+    assert all(row == before[row["key"]] for row in found if row["w"] == 1)
+    for seeds in ("300-339", "200-239"):
+        neon(*final(mini, out, path, "--seeds", seeds, "--replace"))
+    assert [(row["role"], row["seeds"]) for row in rows(out)] == [
+        (role, "200-239") for role in ("base", "selftrained", "neon")
+    ]
+
+
 def test_files_that_hold_something_else(mini, searched, tmp_path):
     for name, content in {
         "notes": b"bought milk\nand tea",

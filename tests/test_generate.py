@@ -95,6 +95,21 @@ def test_other_sets_need_another_folder(mini, unbroken, tmp_path):
     assert files(unbroken) == content
 
 
+def test_replace(mini, tmp_path):
+    """Another set gives way to this one; this one goes on."""
+    out = tmp_path / "S"
+    neon(*command(mini, out, seeds="0-9"))
+    neon(*command(mini, out, seeds="5-12"), "--replace")
+    assert [p.name for p in sorted(out.glob("*/*"))] == [f"img{i:08d}.png" for i in range(5, 13)]
+    (out / "00000" / "img00000005.png").unlink()
+    kept = (out / "00000" / "img00000006.png").stat().st_mtime_ns
+    neon(*command(mini, out, seeds="5-12"), "--replace")
+    assert len(list(out.glob("*/*"))) == 8 and (out / "00000" / "img00000006.png").stat().st_mtime_ns == kept
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "diary.txt").write_text("mine")
+    assert "not empty" in error_of(*command(mini, tmp_path / "other"), "--replace")
+
+
 def test_folders_that_are_taken(mini, tmp_path):
     taken = tmp_path / "taken"
     taken.mkdir()

@@ -355,6 +355,15 @@ def test_other_settings_need_another_folder(mini, tmp_path):
     assert files(out) == before
 
 
+def test_replace(mini, tmp_path):
+    """Another run gives way to this one, which ends as if it were the first; a finished one is left alone."""
+    neon(*selftrain(mini, tmp_path / "new", budget=128, lr=2e-3))
+    neon(*selftrain(mini, tmp_path / "old", budget=256))
+    for _ in range(2):
+        neon(*selftrain(mini, tmp_path / "old", budget=128, lr=2e-3), "--replace")
+        assert files(tmp_path / "old") == files(tmp_path / "new")
+
+
 def test_other_samples_need_another_folder(mini, tmp_path):
     """Two sets of as many images are told apart by how they were made."""
     for seeds in ("0-63", "64-127"):
