@@ -276,7 +276,8 @@ def test_killed_restarted_finished_changed(digits):
     assert all(stage.endswith("@two") or stage.split("@")[0] in ("tables", "report", "page") for stage in ran)
     params["points"]["two"]["sampling"]["num_steps"] = 3
     write_params(digits, params)
-    assert reproduce(digits)[:3] == ["search@two", "final@two", "samples@two"]
+    ran = {stage for stage in reproduce(digits) if stage.split("@")[0] not in ("tables", "report", "page")}
+    assert ran == {"search@two", "final@two", "samples@two"}
     rows = [json.loads(line) for line in (digits / "results/paper/rows/search/two.jsonl").read_text().splitlines()]
     assert {row["num_steps"] for row in rows} == {3}
 
@@ -302,7 +303,7 @@ def test_a_remote_shares_what_was_made(digits, tmp_path_factory):
     dvc("push", cwd=digits)
     shutil.rmtree(digits / "runs")
     shutil.rmtree(digits / ".dvc" / "cache")
-    dvc("pull", "selftrain@one", "generate@one", cwd=digits)
+    dvc("pull", "--with-deps", "selftrain@one", cwd=digits)
     assert reproduce(digits, "selftrain@one") == []
 
 
