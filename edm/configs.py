@@ -55,6 +55,15 @@ CIFAR10_SELFTRAIN = Recipe(
 )
 
 RECIPES = {
+    "cifar10_base": Recipe(  # the original training of both CIFAR-10 models, for bases on a part of the data
+        **EDM,
+        batch=512,
+        lr=1e-3,
+        budget=200_000_000,
+        snapshot=10_000_000,
+        network={"dropout": 0.13},
+        loss={"augment": 0.12},
+    ),
     "cifar10_cond": CIFAR10_SELFTRAIN,
     "cifar10_uncond": CIFAR10_SELFTRAIN,
     "ffhq64": Recipe(

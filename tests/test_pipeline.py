@@ -52,6 +52,17 @@ def test_both_pipelines_parse_and_know_nothing_of_each_other():
     assert all(start.startswith("mini/") == end.startswith("mini/") for start, end in edges)
 
 
+def test_the_ablations_stand_on_the_main_graph():
+    folder = ROOT / "paper" / "ablations"
+    stages = dvc("stage", "list", "--name-only", cwd=folder).stdout.split()
+    settings = yaml.safe_load((folder / "params.yaml").read_text())["settings"]
+    assert {f"{figure}@{name}" for figure, names in settings.items() for name in names} <= set(stages)
+    assert all(path["S"].removeprefix("runs/S/") in MODELS for path in settings["cross"].values())
+    graph = set(re.findall(r'"(.*)" -> "(.*)";', dvc("dag", "--dot", cwd=folder).stdout))
+    assert ("../../dvc.yaml:generate@flow_cifar10", "cross@flow") in graph
+    assert ("../../dvc.yaml:reference@imagenet256", "guidance@2") in graph
+
+
 def test_every_file_can_be_fetched_and_every_dependency_has_a_stage():
     rows = read_table(ROOT / "downloads.csv")
     assert all(len(choose(rows, [path])) == 1 for path in PARAMS["files"].values())
