@@ -19,11 +19,11 @@ def files(roots: list[Path], kind: str) -> dict[Path, dict]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, nargs="+", required=True, help="folders of searches and final evaluations")
-    parser.add_argument("--settings", required=True, help="YAML file: `settings` of each family, in order")
+    parser.add_argument("--titles", type=Path, required=True, help="YAML file: `titles` of the settings, in order")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    families = yaml.safe_load(Path(args.settings).read_text())["settings"]
-    order = [setting for settings in families.values() for setting in settings]
+    titles = yaml.safe_load(args.titles.read_text())["titles"]
+    order = list(titles)
     search, final = (
         read_rows(files(args.rows, kind)).sort_values("setting", key=lambda c: c.map(order.index), kind="stable")
         for kind in ("search", "final")
@@ -32,15 +32,17 @@ if __name__ == "__main__":
     budget = best_by_budget(search)
     search = search[search["setting"].isin(final["setting"])]  # others vary B and |S| only
     settings = summarise(final)
-    headline = settings["setting"].isin([next(iter(s)) for s in families.values()])  # a family's first setting
+    summary = settings.drop_duplicates("family").drop(columns="setting")  # a family's first setting
     tables = {
         "search.csv": search.reindex(columns=CURVES).to_csv(index=False, float_format="%.5g"),
         "final.csv": final.reindex(columns=["role", *CURVES]).to_csv(index=False, float_format="%.5g"),
         "budget.csv": budget.to_csv(index=False, float_format="%.5g"),
         "settings.csv": settings.to_csv(index=False, float_format="%.5g"),
-        "summary.csv": settings[headline].drop(columns="setting").to_csv(index=False, float_format="%.5g"),
-        "table.md": markdown(final_table(final)),
-        "titles.json": json.dumps({k: v["title"] for s in families.values() for k, v in s.items()}, indent=1),
+        "summary.csv": settings.drop_duplicates("family")
+        .drop(columns="setting")
+        .to_csv(index=False, float_format="%.5g"),
+        "table.md": markdown(final_table(final.replace({"setting": titles}))),
+        "titles.json": json.dumps(titles, indent=1),
     }
     for name, text in tables.items():
         with atomic(args.out / name) as partial:

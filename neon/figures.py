@@ -112,21 +112,25 @@ def sheets(named: dict[str, torch.Tensor]) -> Figure:
 
 
 def before_after(final: pd.DataFrame, titles: dict[str, str] | None = None) -> Figure:
-    """FID of self-trained, base and Neon on the reported images: a panel per setting, a line per seed.
+    """FID of self-trained, base and Neon on the reported images: a panel per setting, four in a row, a line per seed.
 
     final: columns setting, seed, role, w, fid.
     """
     roles = ["selftrained", "base", "neon"]
     settings = list(final["setting"].unique())
-    size = (2.9 * len(settings), 2.8)
-    fig, axes = plt.subplots(1, len(settings), figsize=size, squeeze=False, layout="constrained")
-    for ax, setting in zip(axes[0], settings):
+    columns = min(4, len(settings))
+    lines = -(-len(settings) // columns)
+    size = (2.9 * columns, 2.8 * lines)
+    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(settings) :]:
+        ax.axis("off")
+    for ax, setting in zip(axes.flat, settings):
         rows = final[final["setting"] == setting]
         for _, part in rows.groupby("seed"):
             values = part.set_index("role")["fid"].reindex(roles)
             ax.plot(roles, values, "o-", color="grey", alpha=0.7, ms=4)
         ax.plot(roles, rows.groupby("role")["fid"].mean().reindex(roles), "_", color="crimson", ms=22, mew=2)
-        ax.set_title((titles or {}).get(setting, setting), fontsize=9)
+        ax.set_title((titles or {}).get(setting, setting), fontsize=8)
         ax.set_xticks(range(3), ["w = −1", "w = 0", "w*"])
         ax.set_ylim(bottom=0)
         ax.set_ylabel("FID")

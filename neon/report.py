@@ -71,16 +71,25 @@ def best_by_budget(search: pd.DataFrame) -> pd.DataFrame:
 
 
 def final_table(final: pd.DataFrame) -> pd.DataFrame:
-    """For reading: FID, precision and recall of base, self-trained and Neon, mean ± half-width of the 95 % interval."""
+    """For reading, a line per setting: FIDs and gain, mean ± half-width of the 95 % interval, and means of other metrics.
+
+    w* lists the values that the seeds chose; gain is paired within a seed.
+    """
     lines = []
     for setting, rows in final.groupby("setting", sort=False):
-        for role in ("selftrained", "base", "neon"):
-            part = rows[rows["role"] == role]
-            cells = {
-                m: "{:.3g} ± {:.2g}".format(*t_interval(part[m].to_numpy())) for m in ("fid", "precision", "recall")
-            }
-            w = " ".join(f"{value:g}" for value in sorted(set(part["w"])))
-            lines.append({"setting": setting, "model": role, "w": w, "seeds": len(part), **cells})
+        of = {role: part.set_index("seed").sort_index() for role, part in rows.groupby("role")}
+        fids = {
+            "FID w = −1": of["selftrained"]["fid"],
+            "FID base": of["base"]["fid"],
+            "FID Neon": of["neon"]["fid"],
+            "gain": of["base"]["fid"] - of["neon"]["fid"],
+        }
+        line = {"setting": setting, "seeds": len(of["base"])}
+        line["w*"] = " ".join(f"{w:g}" for w in sorted(set(of["neon"]["w"])))
+        line |= {name: "{:.3g} ± {:.2g}".format(*t_interval(values.to_numpy())) for name, values in fids.items()}
+        for metric in ("precision", "recall"):
+            line[metric] = " → ".join(f"{of[role][metric].mean():.3f}" for role in ("base", "neon"))
+        lines.append(line)
     return pd.DataFrame(lines)
 
 

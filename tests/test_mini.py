@@ -57,6 +57,7 @@ def test_every_file_a_stage_reads_is_there_or_made_by_another(folder):
 
 def test_chains_name_settings_that_there_are():
     params = yaml.safe_load((ROOT / "mini/params.yaml").read_text())
+    assert set(params["titles"]) == {name for settings in params["settings"].values() for name in settings}
     for chain in params["chains"].values():
         base, known = params["bases"][chain["base"]], params["settings"][chain["family"]]
         assert base["family"] == chain["family"]

@@ -55,9 +55,10 @@ def test_both_pipelines_parse_and_know_nothing_of_each_other():
 def test_the_ablations_stand_on_the_main_graph():
     folder = ROOT / "paper" / "ablations"
     stages = dvc("stage", "list", "--name-only", cwd=folder).stdout.split()
-    settings = yaml.safe_load((folder / "params.yaml").read_text())["settings"]
-    assert {f"{figure}@{name}" for figure, names in settings.items() for name in names} <= set(stages)
-    assert all(path["S"].removeprefix("runs/S/") in MODELS for path in settings["cross"].values())
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    named = {f"{figure}@{name}" for figure in ("cross", "part", "guidance") for name in params[figure]}
+    assert named <= set(stages) and {name.partition("@")[2] for name in named} == set(params["titles"])
+    assert all(path["S"].removeprefix("runs/S/") in MODELS for path in params["cross"].values())
     graph = set(re.findall(r'"(.*)" -> "(.*)";', dvc("dag", "--dot", cwd=folder).stdout))
     assert ("../../dvc.yaml:generate@flow_cifar10", "cross@flow") in graph
     assert ("../../dvc.yaml:reference@imagenet256", "guidance@2") in graph
