@@ -71,7 +71,7 @@ def best_by_budget(search: pd.DataFrame) -> pd.DataFrame:
 
 
 def final_table(final: pd.DataFrame) -> pd.DataFrame:
-    """For reading, a line per setting: FIDs and gain, mean ± half-width of the 95 % interval, and means of other metrics.
+    """For reading, a line per setting: FIDs and gain, mean ± half of the 95 % interval; means of other metrics.
 
     w* lists the values that the seeds chose; gain is paired within a seed.
     """
