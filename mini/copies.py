@@ -6,6 +6,9 @@ A sample counts as a copy if it is nearer to some training image than all but 1 
 
 import argparse
 import json
+import multiprocessing
+import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,25 @@ def nearest(images: torch.Tensor, train: torch.Tensor) -> np.ndarray:
     return torch.cdist(images.flatten(1).double(), train.flatten(1).double()).min(1).values.numpy()
 
 
+def shares(path: Path, data: Path, seeds: torch.Tensor) -> list[dict]:
+    """A line per row of a final evaluation."""
+    torch.set_flush_denormal(True)
+    train, heldout = (s.images(range(len(s))) for s in map(ImageSet, (data / "train", data / "heldout")))
+    limit = np.quantile(nearest(heldout, train), 0.01)
+    lines = []
+    for row in map(json.loads, path.read_text().splitlines()):
+        family = get_family(row["family"])
+        model = Candidates(family, row["base"], "cpu").load(row["selftrained"], row["w"])
+        kappa = {name: row[name] for name in family.Sampling.__dataclass_fields__}
+        parts = [family.sample(model, s, family.labels(model, s), **kappa) for s in seeds.split(500)]
+        share = float((nearest(torch.cat(parts), train) <= limit).mean())
+        lines.append(
+            {"family": family.name, "setting": path.parent.name, "seed": int(path.stem)}
+            | {"role": row["role"], "w": row["w"], "copies": share}
+        )
+    return lines
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and heldout/")
@@ -30,22 +52,10 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    torch.set_flush_denormal(True)
-    train, heldout = (s.images(range(len(s))) for s in map(ImageSet, (args.data / "train", args.data / "heldout")))
-    limit = np.quantile(nearest(heldout, train), 0.01)
-    seeds, lines = parse_seeds(args.seeds), []
-    for path in args.rows:
-        for row in map(json.loads, path.read_text().splitlines()):
-            family = get_family(row["family"])
-            model = Candidates(family, row["base"], "cpu").load(row["selftrained"], row["w"])
-            kappa = {name: row[name] for name in family.Sampling.__dataclass_fields__}
-            parts = [family.sample(model, s, family.labels(model, s), **kappa) for s in seeds.split(500)]
-            share = float((nearest(torch.cat(parts), train) <= limit).mean())
-            lines.append(
-                {"family": family.name, "setting": path.parent.name, "seed": int(path.stem)}
-                | {"role": row["role"], "w": row["w"], "copies": share}
-            )
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # of the workers, one per core
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        found = pool.map(partial(shares, data=args.data, seeds=parse_seeds(args.seeds)), args.rows, chunksize=1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    table = pd.DataFrame(lines)
+    table = pd.DataFrame([line for lines in found for line in lines])
     table.to_csv(args.out, index=False, float_format="%.4f")
     print(table.groupby(["setting", "role"], sort=False)["copies"].agg(["mean", "max"]))

@@ -80,8 +80,10 @@ def main() -> int:
     bar = tqdm(total=len(commands), desc=" ".join(args.command[:2]), disable=not sys.stderr.isatty())
     # For the workers, before they load torch: one thread each, and no bars that write over each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    workers = multiprocessing.get_context("forkserver")
+    workers.set_forkserver_preload(["neon.features", "neon.search", "neon.selftrain"])  # slow imports, once for all
     worst = 0
-    with bar, multiprocessing.get_context("spawn").Pool(min(args.jobs, len(commands))) as pool:
+    with bar, workers.Pool(min(args.jobs, len(commands))) as pool:
         for status in pool.imap_unordered(run, commands):
             worst = max(worst, status)
             bar.update()
