@@ -93,4 +93,5 @@ def _markdown(source: str) -> str:
         return f"\0{len(formulas) - 1}\0"
 
     rendered = mistune.html(re.sub(FORMULA, keep, source, flags=re.DOTALL))
+    rendered = re.sub(r'<a href="(?!https?:)[^"]*">(.*?)</a>', r"\1", rendered)  # files that the page does not hold
     return re.sub("\0(\\d+)\0", lambda m: formulas[int(m[1])], rendered)

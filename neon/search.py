@@ -96,8 +96,14 @@ def identity(candidates: Candidates, point: Point) -> dict:
     }
 
 
-@lru_cache
 def digest(path: str | Path) -> str:
+    """sha256 of a file, computed once for as long as the file stays as it is."""
+    stat = os.stat(path)
+    return _digest(Path(path).absolute(), stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache
+def _digest(path: Path, modified: int, size: int) -> str:
     return sha256(path)
 
 
@@ -107,7 +113,6 @@ def budget_of(snapshot: str | None) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-@lru_cache
 def num_synthetic(snapshot: str | None) -> int:
     """|S|, the number of images that our snapshots record in their header; 0 for the base and for other files."""
     if snapshot is None or Path(snapshot).suffix != ".safetensors":

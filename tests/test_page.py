@@ -23,7 +23,9 @@ def notebook(tmp_path):
         new_output("error", ename="ValueError", evalue="<oops>", traceback=[]),
     ]
     cells = [
-        new_markdown_cell("# A & B\n\nWith $w_*^2 < 1$ and\n\n$$\\theta_r$$"),
+        new_markdown_cell(
+            "# A & B\n\nWith $w_*^2 < 1$, [a file](../x.py), [a site](https://e.org) and\n\n$$\\theta_r$$"
+        ),
         new_code_cell("1 < 2", outputs=outputs),
     ]
     nbformat.write(new_notebook(cells=cells), tmp_path / "one.ipynb")
@@ -36,12 +38,12 @@ def test_a_page_holds_text_formulas_figures_and_tables(notebook):
     assert html.count("<math") == 2 and "$" not in html
     assert html.count("data:image/png") == 1 and html.count("data:image/jpeg") == 1
     assert "4.25" in html and "a &lt; b" in html and "ValueError: &lt;oops&gt;" in html
-    assert "a warning" not in html
+    assert "a warning" not in html and "../x.py" not in html and 'href="https://e.org"' in html
 
 
 def test_a_page_needs_nothing_else():
     html = page(sorted((ROOT / "results/mini").glob("*.ipynb")), "mini")
-    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", html) and "<script" not in html
+    assert not re.findall(r"""src=["'](?!data:)|href=["'](?!https?:|#)""", html) and "<script" not in html
 
     open_tags = []
 
