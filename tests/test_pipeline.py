@@ -59,6 +59,7 @@ def test_the_ablations_stand_on_the_main_graph():
     named = {f"{figure}@{name}" for figure in ("cross", "part", "guidance") for name in params[figure]}
     assert named <= set(stages) and {name.partition("@")[2] for name in named} == set(params["titles"])
     assert all(path["S"].removeprefix("runs/S/") in MODELS for path in params["cross"].values())
+    assert params["var"].items() <= POINTS["var_d16"].items()
     graph = set(re.findall(r'"(.*)" -> "(.*)";', dvc("dag", "--dot", cwd=folder).stdout))
     assert ("../../dvc.yaml:generate@flow_cifar10", "cross@flow") in graph
     assert ("../../dvc.yaml:reference@imagenet256", "guidance@2") in graph
