@@ -14,7 +14,7 @@ from neon.checkpoint import load_into, load_weights, open_weights
 from neon.family import check_images, named
 from neon.io import existing, sha256
 from neon.precision import autocast
-from neon.sampling import Streams
+from neon.sampling import Streams, from_uint8
 from VAR.augment import enlarged_crops
 from VAR.configs import CONFIGS as networks
 from VAR.configs import RECIPES as recipes
@@ -183,5 +183,5 @@ def loss(
     """Mean cross-entropy of the images' codes. enlarge: train on random crops of images enlarged by this factor."""
     if enlarge > 1:
         images = enlarged_crops(images, enlarge, generator)
-    ids = model.vqvae.encode(images.float() / 127.5 - 1)
+    ids = model.vqvae.encode(from_uint8(images))
     return code_loss(model.transformer, model.vqvae.quantize, ids, labels, generator)

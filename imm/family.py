@@ -18,7 +18,7 @@ from imm.sampler import sample as sample_net
 from neon import NeonError, recorded
 from neon.family import check_images, named
 from neon.precision import autocast
-from neon.sampling import Streams
+from neon.sampling import Streams, from_uint8
 
 __all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
 
@@ -130,6 +130,6 @@ def loss(
         noise = torch.randn(moments[:, :4].shape, generator=generator, device=generator.device)
         x = sample_posterior(moments, noise.to(moments.device))
     else:
-        x = (images.float() / 127.5 - 1) / 2
+        x = from_uint8(images) / 2
     rows = F.one_hot(labels, net.label_dim).float() if net.label_dim else x.new_zeros(len(x), 0)
     return moment_matching_loss(net, x, rows, draw(x, generator), **options).mean()

@@ -38,9 +38,7 @@ if __name__ == "__main__":
         "final.csv": final.reindex(columns=["role", *CURVES]).to_csv(index=False, float_format="%.5g"),
         "budget.csv": budget.to_csv(index=False, float_format="%.5g"),
         "settings.csv": settings.to_csv(index=False, float_format="%.5g"),
-        "summary.csv": settings.drop_duplicates("family")
-        .drop(columns="setting")
-        .to_csv(index=False, float_format="%.5g"),
+        "summary.csv": summary.to_csv(index=False, float_format="%.5g"),
         "table.md": markdown(final_table(final.replace({"setting": titles}))),
         "titles.json": json.dumps(titles, indent=1),
     }

@@ -51,12 +51,12 @@ def w_curves(
     return fig
 
 
-def _band(ax, curve: pd.core.groupby.SeriesGroupBy, **style) -> None:
+def _band(ax, curve: pd.core.groupby.SeriesGroupBy, alpha: float = 0.15, **style) -> None:
     """Mean of each group against its key, with the 95 % t-interval as a band."""
     points = curve.apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"])).unstack()
-    (line,) = ax.plot(points.index, points["mean"], "o-", ms=3, **style)
+    (line,) = ax.plot(points.index, points["mean"], **{"marker": "o", "ms": 3, **style})
     low, high = points["mean"] - points["half"], points["mean"] + points["half"]
-    ax.fill_between(points.index, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    ax.fill_between(points.index, low, high, color=line.get_color(), alpha=alpha, lw=0)
 
 
 def sources(search: pd.DataFrame, titles: dict[str, str] | None = None) -> Figure:
@@ -225,11 +225,8 @@ def toy_curves(curves: pd.DataFrame, title: str) -> Figure:
             rows = curves[(curves["sampler"] == sampler) & (curves["evaluated"] == evaluated)]
             for colour, (epochs, part) in zip(("tab:orange", "tab:blue"), rows.groupby("epochs")):
                 table = part.pivot(index="w", columns="seed", values="fid")
-                logs = np.log10(table)
-                points = logs.apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"]), axis=1)
-                ax.plot(points.index, points["mean"], color=colour, label=f"{epochs} epochs")
-                low, high = points["mean"] - points["half"], points["mean"] + points["half"]
-                ax.fill_between(points.index, low, high, color=colour, alpha=0.2, lw=0)
+                logs = np.log10(part["fid"]).groupby(part["w"])
+                _band(ax, logs, alpha=0.2, color=colour, marker="", label=f"{epochs} epochs")
                 ax.plot([table.idxmin().mean()], [0.02], "^", color=colour, transform=ax.get_xaxis_transform())
             ax.axvline(0, color="grey", lw=0.8, ls=":")
             ax.set_title(f"S by {sampler}, {evaluated}", fontsize=9)
@@ -253,11 +250,7 @@ def gradient_cosines(cosines: pd.DataFrame) -> Figure:
         lines = ax.plot(table.index, table, color=colour, alpha=0.5, lw=1)
         for line in lines[:1]:
             line.set_label(label)
-    points = cosines.groupby("zeta")["cosine"].apply(lambda v: pd.Series(t_interval(v.to_numpy()), ["mean", "half"]))
-    points = points.unstack()
-    ax.plot(points.index, points["mean"], "o-", color="black", ms=3, label="mean")
-    low, high = points["mean"] - points["half"], points["mean"] + points["half"]
-    ax.fill_between(points.index, low, high, color="black", alpha=0.12, lw=0)
+    _band(ax, cosines.groupby("zeta")["cosine"], alpha=0.12, color="black", label="mean")
     ax.axhline(0, color="grey", lw=0.8, ls=":")
     ax.axvline(1, color="grey", lw=0.8, ls=":")
     ax.set_xlabel("ζ of the sampler of S")

@@ -12,7 +12,7 @@ from neon import NeonError
 from neon.checkpoint import Weights, load_into, load_weights, open_weights
 from neon.family import check_images, named
 from neon.precision import autocast
-from neon.sampling import Streams
+from neon.sampling import Streams, from_uint8
 from xAR.configs import NETWORKS as networks
 from xAR.configs import RECIPES as recipes
 from xAR.loss import draw, noisy_context_loss
@@ -174,5 +174,5 @@ def loss(
         images = images.flip(-1).where(mirrored.to(images.device), images)
     noise = torch.randn(len(images), net.channels, net.side, net.side, **options).to(images.device)
     with torch.no_grad(), autocast(images.device, "float32"):
-        latents = model.vae.encode(images.float() / 127.5 - 1, noise)
+        latents = model.vae.encode(from_uint8(images), noise)
     return noisy_context_loss(net, latents, labels, draw(net, len(images), generator))
