@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from neon import NeonError
-from neon.checkpoint import load_into, load_weights, open_weights
+from neon.checkpoint import load_into, load_weights, open_weights, values_sha256
 from neon.family import check_images, named
-from neon.io import existing, sha256
+from neon.io import existing
 from neon.precision import autocast
 from neon.sampling import Streams, from_uint8
 from VAR.augment import enlarged_crops
@@ -102,9 +102,9 @@ def load(
             raise NeonError(f"{path}: no VAR checkpoint ({error})") from None
         config = dataclasses.replace(config, **options)
         vae_file = find_vqvae(vae_ckpt, path, weights.metadata.get("vae", ""))
-        if recorded and sha256(vae_file) != weights.metadata["vae_sha256"]:
-            raise NeonError(f"{vae_file}: not the VQVAE that {path} was trained with")
         model = VAR(config, vae_file, precision)
+        if recorded and values_sha256(model.vqvae) != weights.metadata["vae_sha256"]:
+            raise NeonError(f"{vae_file}: not the VQVAE that {path} was trained with")
         load_into(model.transformer, weights, path)
     return model.to(device)
 
@@ -149,7 +149,7 @@ def metadata(model: VAR) -> dict[str, str]:
     return {
         "config": json.dumps(dataclasses.asdict(model.config)),
         "vae": str(model.vae_file),
-        "vae_sha256": sha256(model.vae_file),
+        "vae_sha256": values_sha256(model.vqvae),
     }
 
 

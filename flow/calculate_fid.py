@@ -3,8 +3,9 @@
 import argparse
 
 from flow import family
-from neon.cli import command_line, count
+from neon.cli import command_line
 from neon.fid import add_output, calculate_fid
+from neon.options import count
 from neon.sampling import parse_seeds
 
 

@@ -1,6 +1,5 @@
 """Flow matching as the method sees it (neon.family.Family)."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,8 +11,7 @@ from flow.configs import RECIPES as recipes
 from flow.loss import flow_loss
 from flow.network import UNet
 from flow.sampler import flow_sampler
-from neon import NeonError
-from neon.checkpoint import check_fits, load_into, open_weights
+from neon import recorded
 from neon.family import check_images, named
 from neon.precision import autocast
 from neon.sampling import from_uint8, start, to_uint8
@@ -43,7 +41,8 @@ def is_buffer(tensor_name: str) -> bool:
 
 def create(config: str, *, device: torch.device | str, **options) -> UNet:
     """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
-    return _build({**named(networks, config, "flow network"), **options}).to(device, memory_format=torch.channels_last)
+    net = recorded.build(UNet, {**named(networks, config, "flow network"), **options})
+    return net.to(device, memory_format=torch.channels_last)
 
 
 def load(path: str | Path, *, device: torch.device | str, precision: str = "float32", **options) -> UNet:
@@ -52,23 +51,9 @@ def load(path: str | Path, *, device: torch.device | str, precision: str = "floa
     precision: of the autocast in which sampling runs. options override the constructor's. Raises NeonError if the file
     is of no such network.
     """
-    with open_weights(path) as weights:
-        recorded = weights.metadata.get("network")
-        try:
-            with torch.device("meta"):
-                net = _build({**(json.loads(recorded) if recorded else networks["cifar10"]), **options})
-        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-            raise NeonError(f"{path}: no flow checkpoint ({error})") from None
-        check_fits(net, weights, path)
-        load_into(net.to_empty(device=device), weights, path)
+    net, _ = recorded.load(path, UNet, "flow", device, networks["cifar10"], **options)
     net.precision = precision
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def _build(options: dict) -> UNet:
-    net = UNet(**options)
-    net.options = options
-    return net
+    return net.to(memory_format=torch.channels_last)
 
 
 def weights(model: UNet) -> UNet:
@@ -76,7 +61,7 @@ def weights(model: UNet) -> UNet:
 
 
 def metadata(model: UNet) -> dict[str, str]:
-    return {"network": json.dumps(model.options)}
+    return recorded.metadata(model)
 
 
 def labels(model: UNet, seeds: torch.Tensor) -> torch.Tensor | None:

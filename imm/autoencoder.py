@@ -1,6 +1,5 @@
 """Stable Diffusion's VAE, through diffusers; read from a folder, or from where `hf download` puts what has a hub id."""
 
-import hashlib
 import warnings
 from pathlib import Path
 
@@ -47,12 +46,6 @@ class StableDiffusionVAE(nn.Module):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.kl.decode(latents).sample
-
-    def sha256(self) -> str:
-        """Of the weights' values, so that it is the same for a folder and the hub, and for any naming of tensors."""
-        values = (t.detach().float().cpu().contiguous().numpy().data for t in self.kl.state_dict().values())
-        digests = sorted(hashlib.sha256(v).hexdigest() for v in values)
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def find_vae(given: str = "", checkpoint: str | Path | None = None) -> str:

@@ -16,6 +16,7 @@ from imm.loss import draw, moment_matching_loss
 from imm.network import IMMPrecond
 from imm.sampler import sample as sample_net
 from neon import NeonError, recorded
+from neon.checkpoint import values_sha256
 from neon.family import check_images, named
 from neon.precision import autocast
 from neon.sampling import Streams, from_uint8
@@ -73,7 +74,7 @@ def load(path: str | Path, *, device: torch.device | str, precision: str = "floa
     """
     net, known = recorded.load(path, IMMPrecond, "IMM", device, **options)
     model = IMM(net, _vae_of(net, find_vae(vae, path)), precision).to(device)
-    if model.vae and "vae_sha256" in known and known["vae_sha256"] != model.vae.sha256():
+    if model.vae and "vae_sha256" in known and known["vae_sha256"] != values_sha256(model.vae):
         raise NeonError(f"{model.vae.source}: not the VAE that {path} was trained with, which was {known['vae']}")
     return model
 
@@ -88,7 +89,7 @@ def weights(model: IMM) -> IMMPrecond:
 
 
 def metadata(model: IMM) -> dict[str, str]:
-    vae = {"vae": model.vae.source, "vae_sha256": model.vae.sha256()} if model.vae else {}
+    vae = {"vae": model.vae.source, "vae_sha256": values_sha256(model.vae)} if model.vae else {}
     return recorded.metadata(model.net) | vae
 
 

@@ -16,9 +16,8 @@ import pandas as pd
 import torch
 
 from neon.data import ImageSet
-from neon.family import get_family
 from neon.sampling import parse_seeds
-from neon.search import Candidates
+from neon.search import images_of
 
 
 def nearest(images: torch.Tensor, train: torch.Tensor) -> np.ndarray:
@@ -33,13 +32,10 @@ def shares(path: Path, data: Path, seeds: torch.Tensor) -> list[dict]:
     limit = np.quantile(nearest(heldout, train), 0.01)
     lines = []
     for row in map(json.loads, path.read_text().splitlines()):
-        family = get_family(row["family"])
-        model = Candidates(family, row["base"], "cpu").load(row["selftrained"], row["w"])
-        kappa = {name: row[name] for name in family.Sampling.__dataclass_fields__}
-        parts = [family.sample(model, s, family.labels(model, s), **kappa) for s in seeds.split(500)]
-        share = float((nearest(torch.cat(parts), train) <= limit).mean())
+        images = images_of(row, seeds, 500, "cpu")
+        share = float((nearest(images, train) <= limit).mean())
         lines.append(
-            {"family": family.name, "setting": path.parent.name, "seed": int(path.stem)}
+            {"family": row["family"], "setting": path.parent.name, "seed": int(path.stem)}
             | {"role": row["role"], "w": row["w"], "copies": share}
         )
     return lines

@@ -45,6 +45,12 @@ def values_of(text: str) -> tuple[str, list[str]]:
     return name, listed.split(",")
 
 
+def share(commands: int, cores: int) -> int:
+    """How many commands to run at a time: one per core, and from the start those that would leave cores idle at the
+    end. Five alike on two cores then take 2.5 times as long as one, not 3 times."""
+    return min(commands, cores + commands % cores)
+
+
 def run(command: list[str]) -> int:
     from neon.cli import main
 
@@ -60,7 +66,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", action="append", default=[], metavar="NAME=VALUES", type=values_of)
     parser.add_argument("--settings", metavar="FILE:KEYS", help="YAML table of the settings")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, help="at a time (default: one per core, and what would be left over)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="neon …")
     args = parser.parse_args()
     if args.command[:1] != ["neon"]:
@@ -81,9 +87,9 @@ def main() -> int:
     # For the workers, before they load torch: one thread each, and no bars that write over each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     workers = multiprocessing.get_context("forkserver")
-    workers.set_forkserver_preload(["neon.features", "neon.search", "neon.selftrain"])  # slow imports, once for all
+    workers.set_forkserver_preload(["neon.commands"])  # slow imports, once for all
     worst = 0
-    with bar, workers.Pool(min(args.jobs, len(commands))) as pool:
+    with bar, workers.Pool(args.jobs or share(len(commands), os.cpu_count())) as pool:
         for status in pool.imap_unordered(run, commands):
             worst = max(worst, status)
             bar.update()

@@ -9,6 +9,7 @@
 """
 
 import argparse
+import hashlib
 import json
 import pickle
 import re
@@ -364,3 +365,9 @@ def load_into(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], sour
     state = module.state_dict()
     for name in state:
         state[name].copy_(weights[name])
+
+
+def values_sha256(module: torch.nn.Module) -> str:
+    """Digest of a module's values as float32: the same whatever the file's format and the names of its tensors."""
+    values = (tensor.detach().float().cpu().contiguous().numpy().data for tensor in module.state_dict().values())
+    return hashlib.sha256("".join(sorted(hashlib.sha256(v).hexdigest() for v in values)).encode()).hexdigest()

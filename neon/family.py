@@ -77,7 +77,10 @@ class Family(Protocol):
         """The part of the model that is trained, merged and stored."""
 
     def metadata(self, model: torch.nn.Module) -> dict[str, str]:
-        """What load needs beside the weights, for the header of a .safetensors file."""
+        """What load needs beside the weights, for the header of a .safetensors file.
+
+        'vae_sha256': neon.checkpoint.values_sha256 of the autoencoder, if the model decodes with one.
+        """
 
     def labels(self, model: torch.nn.Module, seeds: torch.Tensor) -> torch.Tensor | None:
         """The labels of the images named by seeds, if the user gives none."""

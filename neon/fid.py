@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from neon.cli import add_inference, add_metrics, count, kappa, loading, natural
 from neon.distributed import world
 from neon.evaluate import Evaluation, parse_metrics
 from neon.features import load_extractor
 from neon.fetch import local
 from neon.io import write_json
 from neon.metrics import load_reference
+from neon.options import add_inference, add_metrics, count, kappa, loading, natural
 from neon.search import Candidates, Point, measure
 
 

@@ -24,21 +24,28 @@ def metadata(net: nn.Module) -> dict[str, str]:
 
 
 def load(
-    path: str | Path, network: type[nn.Module], kind: str, device: torch.device | str, **options
+    path: str | Path,
+    network: type[nn.Module],
+    kind: str,
+    device: torch.device | str,
+    unrecorded: Mapping | None = None,
+    **options,
 ) -> tuple[nn.Module, dict[str, str]]:
     """(network, metadata) of a checkpoint, in eval mode and without gradients; options override its constructor's.
 
-    kind: what errors call it. Raises NeonError if the file holds another class or no constructor arguments, or if its
-    tensors do not fit them.
+    kind: what errors call it. unrecorded: the constructor's arguments if the file records none. Raises NeonError if the
+    file holds another class or no arguments where it must, or if its tensors do not fit them.
     """
     with open_weights(path) as weights:
         try:
             if (found := weights.metadata.get("class_name", network.__name__)) != network.__name__:
                 raise NeonError(f"it holds a {found}")
-            if "init_kwargs" not in weights.metadata:
+            record = weights.metadata.get("init_kwargs")
+            kwargs = json.loads(record) if record else unrecorded
+            if kwargs is None:
                 raise NeonError("it does not record the network's constructor arguments")
             with torch.device("meta"):  # no time for initial values that are overwritten
-                net = build(network, {**json.loads(weights.metadata["init_kwargs"]), **options})
+                net = build(network, {**kwargs, **options})
         except (NeonError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
             raise NeonError(f"{path}: no {kind} checkpoint ({error})") from None
         check_fits(net, weights, path)

@@ -1,5 +1,6 @@
 """Which w (and which snapshot, guidance, …)? Every evaluation is one row of a file and is never repeated."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ import torch
 from neon import NeonError
 from neon.checkpoint import load_weights, open_weights
 from neon.evaluate import Evaluation, row
-from neon.family import Family
+from neon.family import Family, get_family
 from neon.io import atomic, sha256
 from neon.merge import is_finite, merge
 
@@ -47,6 +48,11 @@ class Candidates:
         if compile:
             self.model.compile()
         self._read = lru_cache(maxsize=1)(load_weights)
+
+    @cached_property
+    def vae_sha256(self) -> str | None:
+        """Of the autoencoder that the base decodes with; None if it makes pixels itself."""
+        return self.family.metadata(self.model).get("vae_sha256")
 
     @cached_property
     def base(self) -> dict[str, torch.Tensor]:
@@ -82,12 +88,25 @@ def measure(
     return row(family.name, evaluation, options, result, started, **identity(candidates, point))
 
 
+def images_of(row: Mapping, seeds: torch.Tensor, batch: int, device: torch.device | str, **options) -> torch.Tensor:
+    """What the model of a row of results draws for other seeds, sampled as then: uint8 (N, C, H, W) on the CPU.
+
+    options: of family.load, where the checkpoint needs further files.
+    """
+    family = get_family(row["family"])
+    model = Candidates(family, row["base"], device, row["dtype"], **options).load(row["selftrained"], row["w"])
+    kappa = {field.name: row[field.name] for field in dataclasses.fields(family.Sampling)}
+    parts = (family.sample(model, part, family.labels(model, part), **kappa).cpu() for part in seeds.split(batch))
+    return torch.cat(list(parts))
+
+
 def identity(candidates: Candidates, point: Point) -> dict:
     """Which weights a point stands for, JSON values."""
     return {
         "w": point.w,
         "base": str(candidates.base_path),
         "base_sha256": digest(candidates.base_path),
+        "vae_sha256": candidates.vae_sha256,
         "selftrained": point.selftrained,
         "selftrained_sha256": digest(point.selftrained) if point.selftrained else None,
         "budget": budget_of(point.selftrained),
@@ -186,7 +205,7 @@ def final_points(searched: Sequence[Mapping], options: Sequence[str]) -> dict[st
     searched: rows of a finished search; options: names of the family's sampling options. Raises NeonError if the rows
     were not measured alike, or if no self-trained model is among them.
     """
-    for fact in ("family", "base_sha256", "dtype", "seeds", "features", "reference"):
+    for fact in ("family", "base_sha256", "vae_sha256", "dtype", "seeds", "features", "reference"):
         if len({json.dumps(row.get(fact)) for row in searched}) > 1:
             raise NeonError(f"the rows of the search differ in {fact}, so their FIDs cannot be compared")
     swept = [name for name in options if len({row[name] for row in searched}) > 1]

@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from neon.checkpoint import load_weights
 from neon.cli import main
 
 BIN = Path(sys.prefix, "bin")
@@ -22,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 # Processes forked from one that has imported torch: a command starts in a tenth of a second.
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["neon.cli", "neon.generate", "neon.search", "neon.selftrain", "edm.family"])
+forkserver.set_forkserver_preload(["neon.cli", "neon.commands", "edm.family"])
 
 
 def words(argv) -> list[str]:
@@ -84,6 +86,24 @@ def finish(*processes) -> None:
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
+
+
+def goes_on(training, folder: Path) -> Path:
+    """Train in one go, and killed after the first snapshot and typed again: every file of weights agrees.
+
+    training(out): the command, with a snapshot at 16 images. Returns the folder of the run in one go.
+    """
+    whole, resumed = folder / "whole", folder / "killed"
+    neon(*training(whole))
+    killed = start(*training(resumed))
+    kill_when((resumed / "snapshot-000000016.safetensors").exists, killed)
+    finish(start(*training(resumed)))
+    written = sorted(path.name for path in whole.glob("*-*.safetensors"))
+    assert len(written) > 1
+    for name in written:
+        one, other = load_weights(whole / name), load_weights(resumed / name)
+        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    return whole
 
 
 def free_port() -> int:

@@ -286,7 +286,7 @@ def test_numbers_that_make_no_sense(mini, out, capsys, options):
 
 @pytest.mark.parametrize(("text", "wanted"), [("64", 64), ("500k", 500_000), ("6M", 6_000_000), ("2.3k", 2300)])
 def test_counts_of_images(mini, text, wanted):
-    from neon.cli import count
+    from neon.options import count
 
     assert count(text) == wanted
 

@@ -253,7 +253,7 @@ def test_final_points_of_rows_that_do_not_compare():
     found = [{**ROW, "fid": 1.0, "w": 0.0, "selftrained": None}, {**ROW, "fid": 2.0, "w": 1.0, "selftrained": "s"}]
     assert final_points(found, [])["selftrained"].selftrained == "s"
     assert final_points(found, [])["neon"].w == 0
-    for fact in ROW:
+    for fact in (*ROW, "vae_sha256"):
         with pytest.raises(NeonError, match=f"the rows of the search differ in {fact}"):
             final_points([found[0], {**found[1], fact: "other"}], [])
     with pytest.raises(NeonError, match="holds no self-trained model"):

@@ -9,7 +9,7 @@ import yaml
 from processes import BIN, ROOT
 
 sys.path.append(str(ROOT / "mini"))
-from each import expand, values_of
+from each import expand, share, values_of
 
 
 def test_names_are_filled_in():
@@ -25,6 +25,11 @@ def test_names_are_filled_in():
 def test_values_of():
     assert values_of("seed=0-3") == ("seed", ["0", "1", "2", "3"])
     assert values_of("setting=a,b-c") == ("setting", ["a", "b-c"])
+
+
+@pytest.mark.parametrize(("commands", "cores", "at_once"), [(5, 2, 3), (6, 2, 2), (1, 2, 1), (5, 8, 5), (10, 4, 6)])
+def test_no_core_idles_at_the_end(commands, cores, at_once):
+    assert share(commands, cores) == at_once
 
 
 def each(*argv):

@@ -6,8 +6,9 @@ Unless told otherwise, guidance and steps are those behind the paper's number fo
 import argparse
 
 from neon import NeonError
-from neon.cli import command_line, count
+from neon.cli import command_line
 from neon.fid import add_images, add_output, calculate_fid, image_seeds
+from neon.options import count
 from xAR import family
 from xAR.configs import EVALUATED
 

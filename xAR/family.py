@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from neon import NeonError
-from neon.checkpoint import Weights, load_into, load_weights, open_weights
+from neon.checkpoint import Weights, load_into, load_weights, open_weights, values_sha256
 from neon.family import check_images, named
 from neon.precision import autocast
 from neon.sampling import Streams, from_uint8
@@ -108,7 +108,8 @@ def load(
     """A model from an original .pth (flat, or a trainer's: its EMA) or an own .safetensors, in eval mode.
 
     precision: of the autocast in which sampling and decoding run. options override the configuration's entries.
-    Raises NeonError if the file is of no known xAR, if its tensors do not fit, or if the VAE is missing.
+    Raises NeonError if the file is of no known xAR, if its tensors do not fit, or if the VAE is missing or another than
+    the recorded one.
     """
     with open_weights(path) as weights:
         config = {**config_of(weights, path), **options}
@@ -116,6 +117,8 @@ def load(
             model = Model(config, vae_path, precision)
         except (TypeError, ValueError, KeyError) as error:
             raise NeonError(f"{path}: no xAR checkpoint ({error})") from None
+        if weights.metadata.get("vae_sha256", known := _vae_sha256(model)) != known:
+            raise NeonError(f"{vae_path}: not the VAE that {path} was trained with")
         load_into(model.transformer, weights, path)
     return model.to(device)
 
@@ -136,7 +139,13 @@ def weights(model: Model) -> XAR:
 
 
 def metadata(model: Model) -> dict[str, str]:
-    return {"config": json.dumps(model.config)}
+    digest = _vae_sha256(model)
+    return {"config": json.dumps(model.config)} | ({"vae_sha256": digest} if digest else {})
+
+
+def _vae_sha256(model: Model) -> str:
+    """Digest of the VAE, '' for patches of pixels, which have no weights."""
+    return values_sha256(model.vae) if model.config["vae"] else ""
 
 
 def labels(model: Model, seeds: torch.Tensor) -> torch.Tensor:

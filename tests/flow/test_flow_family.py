@@ -86,7 +86,7 @@ def test_a_released_checkpoint_is_its_average(tmp_path):
 def test_a_snapshot_carries_its_network(model, tmp_path):
     save_safetensors(tmp_path / "s.safetensors", model.state_dict(), family.metadata(model))
     again = family.load(tmp_path / "s.safetensors", device="cpu", precision="bfloat16")
-    assert again.options == NETWORKS["digits"]
+    assert again.init_kwargs == NETWORKS["digits"]
     exact, rough = (family.sample(m, SEEDS, None, solver="euler", num_steps=4) for m in (model, again))
     assert 0 < (exact.int() - rough.int()).abs().float().mean() < 3
 
@@ -95,7 +95,7 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"ema_model": {"a": torch.zeros(2)}}, tmp_path / "x.pt")
     with pytest.raises(NeonError, match=r"x\.pt: time_embed\.0\.weight is missing"):
         family.load(tmp_path / "x.pt", device="cpu")
-    save_safetensors(tmp_path / "y.safetensors", {"a": torch.zeros(2)}, {"network": '{"size": 3}'})
+    save_safetensors(tmp_path / "y.safetensors", {"a": torch.zeros(2)}, {"init_kwargs": '{"size": 3}'})
     with pytest.raises(NeonError, match="no flow checkpoint"):
         family.load(tmp_path / "y.safetensors", device="cpu")
 

@@ -60,6 +60,19 @@ def write_pickle(path: Path, net: IMMPrecond, init_kwargs: dict) -> Path:
     return path
 
 
+def write_full_size(path: Path, depth: int = 28) -> Path:
+    """A checkpoint of DiT-XL/2's width with small random weights, in the original format."""
+    kwargs = family.networks["imagenet256"] | {"depth": depth}
+    with torch.device("meta"):
+        net = IMMPrecond(**kwargs)
+    net.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator)).mul_(0.02)
+    return write_pickle(path, net, kwargs)
+
+
 def write_digits(path: Path, seed: int = 0) -> Path:
     """A checkpoint of the pixel-space mini network with weights that let every part matter."""
     torch.manual_seed(seed)

@@ -4,12 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from imm_tiny import TINY, tiny, write_digits, write_pickle, write_vae
-from processes import error_of, finish, kill_when, neon, run, start
+from imm_tiny import TINY, tiny, write_digits, write_full_size, write_pickle, write_vae
+from processes import error_of, goes_on, neon, run
 from sets import write_images, write_reference
 
 from imm import family
@@ -160,15 +161,7 @@ def training(checkout, out):
 
 
 def test_self_training_goes_on(checkout, tmp_path):
-    neon(*training(checkout, tmp_path / "whole"))
-    killed = start(*training(checkout, tmp_path / "killed"))
-    kill_when(lambda: (tmp_path / "killed" / "snapshot-000000016.safetensors").exists(), killed)
-    finish(start(*training(checkout, tmp_path / "killed")))
-    for images in (16, 32, 48):
-        whole, resumed = (
-            load_weights(tmp_path / name / f"snapshot-{images:09d}.safetensors") for name in ("whole", "killed")
-        )
-        assert all(torch.equal(t, resumed[name]) for name, t in whole.items())
+    goes_on(partial(training, checkout), tmp_path)
 
 
 def test_errors(checkout, tmp_path):
@@ -187,18 +180,9 @@ def test_errors(checkout, tmp_path):
 
 @pytest.fixture(scope="module")
 def released(checkout):
-    """Full-size checkpoints of small random weights in the original format, one of them two blocks deep."""
-    kwargs = family.networks["imagenet256"]
-    for name, depth in (("full", 28), ("shallow", 2)):
-        with torch.device("meta"):
-            net = family.IMMPrecond(**kwargs, depth=depth)
-        net.to_empty(device="cpu")
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in net.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator), non_blocking=True).mul_(0.02)
-        write_pickle(checkout / "checkpoints" / f"{name}.pkl", net, {**kwargs, "depth": depth})
-        del net
+    """Full-size checkpoints, one of them two blocks deep."""
+    write_full_size(checkout / "checkpoints" / "full.pkl")
+    write_full_size(checkout / "checkpoints" / "shallow.pkl", depth=2)
 
 
 @pytest.mark.slow

@@ -75,6 +75,14 @@ def test_a_snapshot_carries_what_load_needs(files, tmp_path, network):
     assert again.transformer.encoder_blocks[0].mlp.dropout == 0.3
 
 
+def test_a_snapshot_refuses_another_vae(model, files, tmp_path):
+    path, other = tmp_path / "s.safetensors", str(write_vae(tmp_path / "other.ckpt", "tiny", seed=1))
+    save_safetensors(path, family.weights(model).state_dict(), family.metadata(model))
+    with pytest.raises(NeonError, match=r"other\.ckpt: not the VAE that .*s\.safetensors was trained with"):
+        family.load(path, device="cpu", vae_path=other)
+    assert torch.equal(images_of(family.load(path, device="cpu", vae_path=files[1])), images_of(model))
+
+
 def test_digits_need_no_vae(tmp_path):
     path = write_checkpoint(tmp_path / "digits.pth", "digits")
     images = images_of(family.load(path, device="cpu", vae_path="nowhere"))

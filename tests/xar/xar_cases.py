@@ -17,9 +17,9 @@ def write_checkpoint(path: Path, network: str, seed: int = 0) -> Path:
     return path
 
 
-def write_vae(path: Path, network: str) -> Path:
+def write_vae(path: Path, network: str, seed: int = 0) -> Path:
     """{"model": …} with something beside the VAE in it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = NETWORKS[network]
     vae = AutoencoderKL(config.get("channels", 16), **config["vae"])

@@ -1,0 +1,274 @@
+"""What each subcommand of `neon` does with its parsed options: a call or two into the library."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from neon import NeonError
+from neon.checkpoint import open_weights, write_safetensors, write_weights
+from neon.data import ImageSet, contact_sheet, encode_png
+from neon.distributed import world
+from neon.evaluate import Evaluation, parse_metrics, reference_of
+from neon.family import get_family, named
+from neon.features import load_extractor
+from neon.fetch import GROUPS, TABLE, bring, choose, read_table, write_table
+from neon.generate import generate
+from neon.io import atomic, existing, sha256, write_json
+from neon.merge import merge
+from neon.metrics import load_reference, save_reference
+from neon.options import kappa, loading
+from neon.sampling import parse_seeds
+from neon.search import (
+    Candidates,
+    Point,
+    Rows,
+    check_sampled_alike,
+    digest,
+    final_points,
+    grid,
+    images_of,
+    key_of,
+    measure,
+    parse_grid,
+    scorer,
+)
+from neon.selftrain import snapshots, train
+
+
+def run_download(args) -> None:
+    rows = read_table()
+    flags = [group for group in ("base", "vae") if getattr(args, group)]
+    chosen = choose(rows, GROUPS if args.all else [*args.names, *flags] or ("released", "stats"))
+    failed = 0
+    for row in chosen:
+        if args.list:
+            there = "here" if Path(row["path"]).exists() else "not here"
+            print(f"{row['group']:9s} {row['path']}  {row['source']}  {there}")
+            continue
+        try:
+            print(f"{row['path']} {bring(row, lambda: write_table(rows))}", flush=True)
+        except NeonError as error:
+            failed += 1
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+    if failed:
+        raise NeonError(f"{failed} of {len(chosen)} files of {TABLE} are not there or not whole")
+
+
+def run_merge(args) -> None:
+    buffers = {"is_buffer": get_family(args.family).is_buffer} if args.family else {}
+    with open_weights(args.base, args.key) as base, open_weights(args.selftrained, args.selftrained_key) as selftrained:
+        write_weights(args.out, base, merge(base, selftrained, args.w, **buffers))
+
+
+def run_inspect(args) -> None:
+    with open_weights(args.file, args.key) as weights:
+        specs = {name: weights.spec(name) for name in weights}
+        for name, (dtype, shape) in specs.items():
+            print(f"{name}  {str(dtype).removeprefix('torch.')}  {'×'.join(map(str, shape)) or 'scalar'}")
+        values = sum(math.prod(shape) for _, shape in specs.values())
+        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        print(f"\nformat   {weights.format}\ntensors  {len(specs)}, {values:,} values, {size / 2**20:,.1f} MiB")
+        for key, value in weights.metadata.items():
+            print(f"{key}  {value}")
+    print(f"sha256   {sha256(args.file)}")
+
+
+def run_convert(args) -> None:
+    if Path(args.out).suffix != ".safetensors":
+        raise NeonError(f"{args.out}: converted checkpoints are .safetensors")
+    with open_weights(args.file, args.key) as weights:
+        write_safetensors(args.out, {name: weights.spec(name) for name in weights}, weights.items(), weights.metadata)
+
+
+def run_train(args) -> None:
+    family = get_family(args.family)
+    recipe = named(family.recipes, args.recipe, "recipe")
+    names = ("batch", "lr", "budget", "snapshot", "ramp", "precision")
+    changes = {name: value for name in names if (value := getattr(args, name)) is not None}
+    recipe = dataclasses.replace(recipe, **changes)
+    data = ImageSet(args.data, first=args.max_images)
+    with world(args.device, args.tf32) as here:
+        if hasattr(args, "base"):
+            model = family.load(args.base, device=here.device, **recipe.network, **loading(args, family))
+            origin = {"base": sha256(args.base)}
+        else:
+            torch.manual_seed(args.seed)
+            model = family.create(args.network, device=here.device, **recipe.network, **loading(args, family))
+            origin = {"network": args.network}
+        if vae := family.metadata(model).get("vae_sha256"):
+            origin["vae"] = vae
+        if (record := Path(args.data, "generate.json")).exists():
+            origin["data"] = sha256(record)
+        options = {name: getattr(args, name) for name in ("micro_batch", "save_every", "replace")} | {"origin": origin}
+        written = train(family, model, data, recipe, args.out, world=here, seed=args.seed, **options)
+        if here.rank == 0:
+            print(f"{len(written)} snapshots in {args.out}, the last is {written[-1].name}")
+
+
+def run_generate(args) -> None:
+    family, seeds = get_family(args.family), parse_seeds(args.seeds)
+    with world(args.device, args.tf32) as here:
+        candidates, options = _candidates(args, args.model, family, here), kappa(args, family)
+        model = candidates.load(None, 0.0)
+        identity = {"model": sha256(args.model), "seeds": args.seeds, "precision": args.precision, **options}
+        if candidates.vae_sha256:
+            identity["vae"] = candidates.vae_sha256
+        generate(
+            lambda s, y: family.sample(model, s, y, **options),
+            seeds,
+            family.labels(model, seeds),
+            args.out,
+            identity=identity,
+            batch=args.batch_size,
+            world=here,
+            replace=args.replace,
+        )
+
+
+def _candidates(args, base, family, here):
+    return Candidates(family, base, here.device, args.precision, args.compile, **loading(args, family))
+
+
+def _rows(args, here):
+    """The rows in --out: rank 0 writes them, and all ranks agree on what is left to do."""
+    rows = Rows(args.out, write=here.rank == 0)
+    rows.rows = here.gather(rows.rows)[0]
+    return rows
+
+
+def _evaluation(args, here):
+    extractor, reference = load_extractor(args.features, here.device), load_reference(args.ref)
+    metrics = parse_metrics(args.metrics, extractor, reference)
+    return Evaluation(parse_seeds(args.seeds), extractor, reference, metrics, args.batch_size, here)
+
+
+def run_evaluate(args) -> None:
+    family = get_family(args.family)
+    with world(args.device, args.tf32) as here:
+        evaluation = _evaluation(args, here)
+        candidates = _candidates(args, args.base, family, here)
+        point = Point(args.selftrained and str(args.selftrained), args.w)
+        result = measure(candidates, evaluation, kappa(args, family), point)
+        if here.rank == 0:
+            print(summary(result, evaluation.metrics))
+            if args.out:
+                write_json(args.out, result)
+
+
+def run_search(args) -> None:
+    if not {"fid", "all"} & set(args.metrics.split(",")):
+        raise NeonError("a search goes by FID: let --metrics begin with fid")
+    family = get_family(args.family)
+    grids = dict(_grid_option(text, family) for text in args.grid)
+    trained = [existing(path) for folder in args.selftrained for path in snapshots(folder)]
+    with world(args.device, args.tf32) as here:
+        evaluation = _evaluation(args, here)
+        rows = _rows(args, here)
+        score = scorer(_candidates(args, args.base, family, here), evaluation, kappa(args, family), rows)
+        best, seen = None, {}
+        for point, fid in grid(lambda p: score(p)["fid"], trained, parse_grid(args.w), grids, args.stop):
+            if here.rank == 0:
+                print(summary(score(point), evaluation.metrics), flush=True)
+            best = min(best or (fid, point), (fid, point), key=lambda pair: pair[0])
+            seen[score(point)["key"]] = None
+        if args.replace:
+            rows.keep(seen)
+        if here.rank == 0:
+            print(f"best: {summary(score(best[1]), evaluation.metrics)}")
+
+
+def _grid_option(text: str, family) -> tuple[str, list]:
+    name, _, values = text.partition("=")
+    fields = {field.name: field for field in dataclasses.fields(family.Sampling) if field.type is not bool}
+    if name not in fields or not values:
+        raise NeonError(f"not a grid over a sampling option: {text!r} (write OPTION=GRID; know {', '.join(fields)})")
+    kind = fields[name].type
+    if kind in (int, float):
+        numbers = [(v, kind(v)) for v in parse_grid(values)]
+        if any(v != exact for v, exact in numbers):
+            raise NeonError(f"{name} takes integers, not {values}")
+        return name, [exact for _, exact in numbers]
+    return name, values.split(",")
+
+
+def run_final(args) -> None:
+    family = get_family(args.family)
+    searched = list(Rows(existing(args.search), write=False).rows.values())
+    if not searched:
+        raise NeonError(f"{args.search}: no finished evaluation in it")
+    if searched[0]["base_sha256"] != digest(existing(args.base)):
+        raise NeonError(f"{args.search} started from another base, {searched[0]['base']}")
+    points = final_points(searched, [field.name for field in dataclasses.fields(family.Sampling)])
+    with world(args.device, args.tf32) as here:
+        evaluation, options = _evaluation(args, here), kappa(args, family)
+        candidates = _candidates(args, args.base, family, here)
+        facts = {"dtype": args.precision, "features": evaluation.extractor.name, "vae_sha256": candidates.vae_sha256}
+        check_sampled_alike(searched, {**options, **facts})
+        rows = _rows(args, here)
+        measured: dict = {}
+        seen = []
+        for role, at in points.items():
+            result = rows.cached(
+                f"{role} {key_of(candidates, evaluation, options, at)}",
+                lambda at=at, role=role: {
+                    "role": role,
+                    **(measured.get(at) or measure(candidates, evaluation, options, at)),
+                },
+            )
+            measured[at] = {k: v for k, v in result.items() if k not in ("role", "key")}
+            seen.append(result["key"])
+            if here.rank == 0:
+                print(f"{role:12s}{summary(result, evaluation.metrics)}", flush=True)
+        if args.replace:
+            rows.keep(seen)
+
+
+def run_grid(args) -> None:
+    family, seeds = get_family(args.family), parse_seeds(args.seeds)
+    rows = Rows(existing(args.final), write=False).rows.values()
+    if not rows or any("role" not in row for row in rows):
+        raise NeonError(f"{args.final}: not what `neon final` wrote")
+    if others := {row["family"] for row in rows} - {family.name}:
+        raise NeonError(f"{args.final}: rows of {', '.join(others)}, not of {family.name}")
+    with world(args.device) as here:
+        options = {"device": here.device, **loading(args, family)}
+        drawn = {row["role"]: images_of(row, seeds, args.batch_size, **options) for row in rows}
+        if here.rank == 0:
+            with atomic(args.out) as folder:
+                folder.mkdir()
+                for role, images in drawn.items():
+                    (folder / f"{role}.png").write_bytes(encode_png(contact_sheet(images, args.columns)))
+
+
+def run_page(args) -> None:
+    from neon.page import page  # notebooks and Markdown, which no other command reads
+
+    html = page(args.notebooks, args.title)
+    with atomic(args.out) as partial:
+        partial.write_text(html)
+
+
+def run_reference(args) -> None:
+    if Path(args.out).suffix != ".npz":
+        raise NeonError(f"{args.out}: reference statistics are written as .npz")
+    if not (args.images or args.statistics):
+        raise NeonError("nothing to make a reference of: give --images, --statistics or both")
+    published = load_reference(args.statistics) if args.statistics else None
+    with world(args.device) as here:
+        reference = published
+        if args.images:
+            images, extractor = ImageSet(args.images, args.size), load_extractor(args.features, here.device)
+            reference = reference_of(images, extractor, args.batch_size, args.keep, published, here)
+        if here.rank == 0:
+            save_reference(reference, args.out)
+
+
+def summary(row: dict, metrics: Sequence[str]) -> str:
+    """'w 1.5  B 20000  FID 12.34  …' for people."""
+    shown = [f"w {row['w']:g}", f"B {row['budget']}"] if row["selftrained"] else ["w 0"]
+    shown += [f"{m.upper() if len(m) < 4 else m} {row[m]:.4g}" for m in metrics]
+    return "  ".join([*shown, f"n {row['n']}", f"{row['seconds']:.1f} s"])

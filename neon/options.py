@@ -1,0 +1,126 @@
+"""Command-line options that several commands and scripts share, and how their values are read."""
+
+import argparse
+import dataclasses
+import typing
+from pathlib import Path
+
+PRECISIONS = ["float32", "float16", "bfloat16"]
+
+
+def add_family(p: argparse.ArgumentParser) -> None:
+    from neon.family import FAMILIES
+
+    p.add_argument("--family", required=True, help=", ".join(FAMILIES))
+
+
+def add_replace(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--replace", action="store_true", help="what --out holds of a run with other options is deleted")
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
+    p.add_argument("--tf32", action="store_true", help="allow TensorFloat-32 in float32 products (default: no)")
+
+
+def add_inference(p: argparse.ArgumentParser, family) -> None:
+    """Where and how exactly to compute, and the family's sampling options κ."""
+    add_device(p)
+    p.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the network (default %(default)s)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network")
+    add_fields(p.add_argument_group(f"sampling options of {family.name}"), family.Sampling)
+    add_fields(p, family.Loading)
+
+
+def add_fields(p, options: type) -> None:
+    """One option per field of a dataclass."""
+    for field in dataclasses.fields(options):
+        choices = typing.get_args(field.type) or None
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": str if choices else field.type, "choices": choices}
+        p.add_argument(f"--{field.name}", **how, default=field.default, help="%(default)s")
+
+
+def add_metrics(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--features", default="inception", help="inception[:PATH], inception:random, digits:PATH")
+    p.add_argument(
+        "--metrics",
+        default="fid,is",
+        help="of fid, is, kid, precision, recall (default %(default)s); all: what the reference and features allow",
+    )
+
+
+def add_training(p: argparse.ArgumentParser, family) -> None:
+    add_family(p)
+    add_device(p)
+    p.add_argument(
+        "--recipe", required=True, help=", ".join(family.recipes) if family else "named recipe of the family"
+    )
+    p.add_argument("--data", required=True, help="image set: folder or .zip with dataset.json")
+    p.add_argument("--max_images", type=count, help="train on the first so many of them (default: all)")
+    p.add_argument("--out", required=True, help="folder for snapshots and state; an interrupted run goes on")
+    p.add_argument("--seed", type=natural, default=0)
+    add_replace(p)
+    p.add_argument("--micro_batch", type=count, help="images per forward pass and process")
+    p.add_argument("--save_every", type=count, help="images between saved states (default: at snapshots)")
+    if family:
+        add_fields(p, family.Loading)
+    changes = p.add_argument_group("changes to the recipe")
+    for name, kind in (("batch", count), ("lr", rate), ("budget", count), ("snapshot", count), ("ramp", natural)):
+        changes.add_argument(f"--{name}", type=kind)
+    changes.add_argument("--precision", choices=PRECISIONS)
+
+
+def add_sampling(p: argparse.ArgumentParser, family) -> None:
+    add_family(p)
+    p.add_argument("--seeds", required=True, help="images by seed: 0-49999 or 1,5-9")
+    p.add_argument("--batch_size", type=count, default=64, help="per process; changes nothing but speed")
+    if family:
+        add_inference(p, family)
+
+
+def add_evaluation(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--ref", required=True, help="reference statistics, .npz with mu and sigma")
+    add_metrics(p)
+
+
+def natural(text: str) -> int:
+    """'6M', '500k', '50176', '0' → int. Raises ValueError, as argparse expects."""
+    factor = {"k": 1000, "M": 1_000_000}.get(text[-1:], 1)
+    number = float(text if factor == 1 else text[:-1]) * factor
+    if not 0 <= number < float("inf"):
+        raise ValueError
+    return round(number)
+
+
+def count(text: str) -> int:
+    """The same, but not 0."""
+    if number := natural(text):
+        return number
+    raise ValueError
+
+
+def rate(text: str) -> float:
+    """A finite number > 0."""
+    if 0 < (number := float(text)) < float("inf"):
+        return number
+    raise ValueError
+
+
+def checkpoint(text: str) -> Path:
+    """A file, or a training folder, which stands for its last snapshot."""
+    from neon.selftrain import snapshots
+
+    return snapshots(text)[-1]
+
+
+def kappa(args, family) -> dict:
+    """The family's sampling options among the arguments."""
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(family.Sampling)}
+
+
+def loading(args, family) -> dict:
+    """The family's options of load and create among the arguments."""
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(family.Loading)}
