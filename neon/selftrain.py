@@ -51,8 +51,8 @@ def train(
 
     Written to `out`: snapshot-<images>.safetensors, the weights that are sampled from and merged (the moving average if
     the recipe has one, else the raw weights), raw-<images>.safetensors beside an average, log.jsonl, and
-    state.safetensors, from which an interrupted run goes on. The run's identity is recipe, seed, world size, data size
-    and `origin` (say, the sha256 of the base).
+    state.safetensors, from which an interrupted run goes on; before the first step and after the last it holds no
+    tensors, only the run's identity: recipe, seed, world size, data size and `origin` (say, the sha256 of the base).
 
     micro_batch: images per forward pass and process (default all of the process's share);
     save_every: images between states (default recipe.snapshot);
@@ -81,7 +81,7 @@ def train(
     if images == 0:
         _check_finite(params, 0, out)
         if world.rank == 0:
-            _save(out / STATE, identity, 0, params, ema, optimizer, scaler)  # from now on the folder is this run's
+            _save(out / STATE, identity, 0)  # from now on the folder is this run's
 
     share = recipe.batch // world.size
     order = islice(ORDERS[recipe.order](len(data), seed), images, None)
@@ -117,7 +117,8 @@ def train(
                 if world.rank == 0:
                     _write_snapshot(out, images, network, ema, metadata | {"images": str(images)})
             if world.rank == 0 and (last or any(due)):
-                _save(out / STATE, identity, images, params, ema, optimizer, scaler)
+                tensors = None if last else _state(params, ema, optimizer)
+                _save(out / STATE, identity, images, tensors, scaler.state_dict())
     world.barrier()
     return snapshots(out)
 
@@ -190,13 +191,17 @@ def _identity(recipe: Recipe, seed: int, world: World, n: int, origin) -> dict:
     return json.loads(json.dumps(identity, default=dict))
 
 
-def _save(path: Path, identity: dict, images: int, params, ema, optimizer, scaler) -> None:
+def _state(params, ema, optimizer) -> dict[str, torch.Tensor]:
     tensors = {f"param/{name}": p for name, p in params.items()}
     tensors |= {f"ema/{name}": p for name, p in (ema or {}).items()}
     for name, p in params.items():
         tensors |= {f"{slot}/{name}": value for slot, value in optimizer.state[p].items()}
-    metadata = {"run": json.dumps(identity), "images": str(images), "scaler": json.dumps(scaler.state_dict())}
-    save_safetensors(path, tensors, metadata)
+    return tensors
+
+
+def _save(path: Path, identity: dict, images: int, tensors: Mapping | None = None, scaler=None) -> None:
+    metadata = {"run": json.dumps(identity), "images": str(images), "scaler": json.dumps(scaler)}
+    save_safetensors(path, tensors or {}, metadata)
 
 
 def _difference(path: Path, identity: dict) -> str | None:
@@ -224,6 +229,8 @@ def _restore(path: Path, identity: dict, params, ema, optimizer, scaler) -> int:
     if difference := _difference(path, identity):
         raise NeonError(difference)
     with open_weights(path) as state:
+        if not len(state):  # not begun, or finished
+            return int(state.metadata["images"])
         for name, p in params.items():
             p.copy_(state[f"param/{name}"])
             if ema is not None:

@@ -346,6 +346,8 @@ def test_other_settings_need_another_folder(mini, tmp_path):
     before = files(out)
     neon(*selftrain(mini, out, budget=128))  # finished: nothing to do
     assert files(out) == before
+    with open_weights(out / "state.safetensors") as state:
+        assert not len(state)  # nor anything to go on from
     for name, value in {"lr": 2e-3, "seed": 1, "batch": 32, "ramp": 64, "precision": "bfloat16", "budget": 256}.items():
         error = error_of(*selftrain(mini, out, **{"budget": 128, name: value}))
         assert error.startswith(f"error: {out} holds another run ({name} is ") and error.count("\n") == 0
