@@ -132,7 +132,7 @@ def before_after(final: pd.DataFrame, titles: dict[str, str] | None = None) -> F
         ax.plot(roles, rows.groupby("role")["fid"].mean().reindex(roles), "_", color="crimson", ms=22, mew=2)
         ax.set_title((titles or {}).get(setting, setting), fontsize=8)
         ax.set_xticks(range(3), ["w = −1", "w = 0", "w*"])
-        ax.set_ylim(bottom=0)
+        ax.set(xlim=(-0.3, 2.3), ylim=(0, 1.08 * rows["fid"].max()))
         ax.set_ylabel("FID")
         ax.grid(alpha=0.25)
     return fig

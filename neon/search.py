@@ -91,10 +91,14 @@ def measure(
 def images_of(row: Mapping, seeds: torch.Tensor, batch: int, device: torch.device | str, **options) -> torch.Tensor:
     """What the model of a row of results draws for other seeds, sampled as then: uint8 (N, C, H, W) on the CPU.
 
-    options: of family.load, where the checkpoint needs further files.
+    options: of family.load, where the checkpoint needs further files. Raises NeonError if a file is not what it was.
     """
     family = get_family(row["family"])
-    model = Candidates(family, row["base"], device, row["dtype"], **options).load(row["selftrained"], row["w"])
+    candidates = Candidates(family, row["base"], device, row["dtype"], **options)
+    model = candidates.load(row["selftrained"], row["w"])
+    for fact, now in identity(candidates, Point(row["selftrained"], row["w"])).items():
+        if row[fact] != now:
+            raise NeonError(f"{row['base']} at w = {row['w']:g}: its {fact} is not what it was when it was measured")
     kappa = {field.name: row[field.name] for field in dataclasses.fields(family.Sampling)}
     parts = (family.sample(model, part, family.labels(model, part), **kappa).cpu() for part in seeds.split(batch))
     return torch.cat(list(parts))

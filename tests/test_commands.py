@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import runpy
 import shutil
 import signal
@@ -408,7 +409,13 @@ def test_grid_shows_what_final_compared(mini, out):
     assert (np.array(Image.open(single)) == sheets["base"][11:19, 11:19]).all()
 
 
-def test_grid_takes_only_final_rows(mini, out):
-    neon(*search(mini, out.with_suffix(".jsonl")))
-    assert "not what" in error_of("grid", "--family", "edm", "--final", out.with_suffix(".jsonl"), "--out", out)
+def test_grid_takes_only_final_rows_of_what_is_there(mini, out):
+    searched, rows, other = (out.with_name(f"{name}.jsonl") for name in ("search", "final", "other"))
+    neon(*search(mini, searched))
+    neon(*final(mini, rows, "--search", searched))
+    other.write_text(re.sub(r'"base_sha256": "\w{4}', '"base_sha256": "0000', rows.read_text()))
+    grid = ("grid", "--seeds", "0-4", "--out", out)
+    assert "not what `neon final` wrote" in error_of(*grid, "--family", "edm", "--final", searched)
+    assert "rows of edm, not of imm" in error_of(*grid, "--family", "imm", "--final", rows)
+    assert "its base_sha256 is not what it was" in error_of(*grid, "--family", "edm", "--final", other)
     assert not out.exists()
