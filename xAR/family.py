@@ -117,7 +117,8 @@ def load(
             model = Model(config, vae_path, precision)
         except (TypeError, ValueError, KeyError) as error:
             raise NeonError(f"{path}: no xAR checkpoint ({error})") from None
-        if weights.metadata.get("vae_sha256", known := _vae_sha256(model)) != known:
+        known = weights.metadata
+        if "vae_sha256" in known and known["vae_sha256"] != _vae_sha256(model):
             raise NeonError(f"{vae_path}: not the VAE that {path} was trained with")
         load_into(model.transformer, weights, path)
     return model.to(device)
