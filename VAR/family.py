@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from neon import NeonError
-from neon.checkpoint import load_into, load_weights, open_weights, values_sha256
 from neon.family import check_images, named
-from neon.io import existing
+from neon.files import existing
 from neon.precision import autocast
 from neon.sampling import Streams, from_uint8
+from neon.weights.checkpoint import load_into, load_weights, open_weights, values_sha256
 from VAR.augment import enlarged_crops
 from VAR.configs import CONFIGS as networks
 from VAR.configs import RECIPES as recipes

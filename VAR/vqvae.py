@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neon.autoencoder import Decoder, Encoder
 from neon.precision import autocast
+from nets.autoencoder import Decoder, Encoder
 from VAR.configs import Config
 
 PHIS = 4

@@ -7,8 +7,8 @@ import torch
 from edm import family
 from neon import NeonError
 from neon.cli import command_line
-from neon.fid import add_output, calculate_fid
-from neon.options import count
+from neon.cli.calculate_fid import add_output, calculate_fid
+from neon.cli.options import count
 from neon.sampling import parse_seeds
 
 

@@ -16,9 +16,9 @@ from edm.loss import edm_loss
 from edm.network import EDMPrecond
 from edm.sampler import sample as edm_sample
 from edm.sampler import start
-from neon import recorded
 from neon.family import check_images, named
 from neon.sampling import from_uint8
+from neon.weights import network
 
 __all__ = [
     "Sampling",
@@ -63,7 +63,7 @@ def is_buffer(tensor_name: str) -> bool:
 
 def create(config: str, *, device: torch.device | str, **options) -> EDMPrecond:
     """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
-    net = recorded.build(EDMPrecond, {**named(networks, config, "EDM network"), **options})
+    net = network.build(EDMPrecond, {**named(networks, config, "EDM network"), **options})
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -73,7 +73,7 @@ def load(path: str | Path, *, device: torch.device | str, precision: str = "floa
     precision: 'float32' (the reference), 'float16' (on GPUs) or 'bfloat16', in which the U-Net computes.
     Raises NeonError if the file records no constructor arguments or its tensors do not fit them.
     """
-    net, _ = recorded.load(path, EDMPrecond, "EDM", device, **options)
+    net, _ = network.load(path, EDMPrecond, "EDM", device, **options)
     net.dtype = getattr(torch, precision)
     return net.to(memory_format=torch.channels_last)
 
@@ -83,7 +83,7 @@ def weights(model: EDMPrecond) -> EDMPrecond:
 
 
 def metadata(model: EDMPrecond) -> dict[str, str]:
-    return recorded.metadata(model)
+    return network.metadata(model)
 
 
 def labels(model: EDMPrecond, seeds: torch.Tensor) -> torch.Tensor | None:

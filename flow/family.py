@@ -11,10 +11,10 @@ from flow.configs import RECIPES as recipes
 from flow.loss import flow_loss
 from flow.network import UNet
 from flow.sampler import flow_sampler
-from neon import recorded
 from neon.family import check_images, named
 from neon.precision import autocast
 from neon.sampling import from_uint8, start, to_uint8
+from neon.weights import network
 
 __all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
 
@@ -41,7 +41,7 @@ def is_buffer(tensor_name: str) -> bool:
 
 def create(config: str, *, device: torch.device | str, **options) -> UNet:
     """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
-    net = recorded.build(UNet, {**named(networks, config, "flow network"), **options})
+    net = network.build(UNet, {**named(networks, config, "flow network"), **options})
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -51,7 +51,7 @@ def load(path: str | Path, *, device: torch.device | str, precision: str = "floa
     precision: of the autocast in which sampling runs. options override the constructor's. Raises NeonError if the file
     is of no such network.
     """
-    net, _ = recorded.load(path, UNet, "flow", device, networks["cifar10"], **options)
+    net, _ = network.load(path, UNet, "flow", device, networks["cifar10"], **options)
     net.precision = precision
     return net.to(memory_format=torch.channels_last)
 
@@ -61,7 +61,7 @@ def weights(model: UNet) -> UNet:
 
 
 def metadata(model: UNet) -> dict[str, str]:
-    return recorded.metadata(model)
+    return network.metadata(model)
 
 
 def labels(model: UNet, seeds: torch.Tensor) -> torch.Tensor | None:

@@ -4,7 +4,7 @@ import argparse
 
 from imm import family
 from neon.cli import command_line
-from neon.fid import add_images, add_output, calculate_fid, image_seeds
+from neon.cli.calculate_fid import add_images, add_output, calculate_fid, image_seeds
 
 
 def main() -> None:

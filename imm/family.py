@@ -15,11 +15,12 @@ from imm.latents import decode, encode, sample_posterior, to_uint8
 from imm.loss import draw, moment_matching_loss
 from imm.network import IMMPrecond
 from imm.sampler import sample as sample_net
-from neon import NeonError, recorded
-from neon.checkpoint import values_sha256
+from neon import NeonError
 from neon.family import check_images, named
 from neon.precision import autocast
 from neon.sampling import Streams, from_uint8
+from neon.weights import network
+from neon.weights.checkpoint import values_sha256
 
 __all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
 
@@ -62,7 +63,7 @@ def is_buffer(tensor_name: str) -> bool:
 
 def create(config: str, *, device: torch.device | str, vae: str = "", **options) -> IMM:
     """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
-    net = recorded.build(IMMPrecond, {**named(networks, config, "IMM network"), **options})
+    net = network.build(IMMPrecond, {**named(networks, config, "IMM network"), **options})
     return IMM(net, _vae_of(net, find_vae(vae))).to(device)
 
 
@@ -72,7 +73,7 @@ def load(path: str | Path, *, device: torch.device | str, precision: str = "floa
     precision: of the autocast in which sampling and decoding run. vae: folder or hub id, see find_vae. Raises NeonError
     if the file is of no IMM, if its tensors do not fit, or if the VAE is missing or another than the recorded one.
     """
-    net, known = recorded.load(path, IMMPrecond, "IMM", device, **options)
+    net, known = network.load(path, IMMPrecond, "IMM", device, **options)
     model = IMM(net, _vae_of(net, find_vae(vae, path)), precision).to(device)
     if model.vae and "vae_sha256" in known and known["vae_sha256"] != values_sha256(model.vae):
         raise NeonError(f"{model.vae.source}: not the VAE that {path} was trained with, which was {known['vae']}")
@@ -90,7 +91,7 @@ def weights(model: IMM) -> IMMPrecond:
 
 def metadata(model: IMM) -> dict[str, str]:
     vae = {"vae": model.vae.source, "vae_sha256": values_sha256(model.vae)} if model.vae else {}
-    return recorded.metadata(model.net) | vae
+    return network.metadata(model.net) | vae
 
 
 def labels(model: IMM, seeds: torch.Tensor) -> torch.Tensor | None:

@@ -1,6 +1,6 @@
 """Run one `neon` command for many seeds and settings, side by side in single-thread processes.
 
-    python each.py --each seed=0-3 --each setting=euler10,heun18 --settings params.yaml:edm.settings \\
+    python -m mini.each --each seed=0-3 --each setting=euler10,heun18 --settings params.yaml:edm.settings \\
         neon generate --family edm --model base/{seed}.safetensors {setting.sampling} --out S/{setting}/{seed}
 
 Names in braces are replaced; {setting.sampling} is an entry of the setting's table in the YAML file. Equivalent to
@@ -87,7 +87,7 @@ def main() -> int:
     # For the workers, before they load torch: one thread each, and no bars that write over each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     workers = multiprocessing.get_context("forkserver")
-    workers.set_forkserver_preload(["neon.commands"])  # slow imports, once for all
+    workers.set_forkserver_preload(["neon.cli.commands"])  # slow imports, once for all
     worst = 0
     with bar, workers.Pool(args.jobs or share(len(commands), os.cpu_count())) as pool:
         for status in pool.imap_unordered(run, commands):

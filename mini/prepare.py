@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from neon.data import encode_png, image_name
-from neon.io import atomic
+from neon.files import atomic
 
 
 def write_set(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from neon.checkpoint import save_safetensors
 from neon.data import ImageSet
+from neon.weights.checkpoint import save_safetensors
 from VAR.configs import CONFIGS
 from VAR.loss import vqvae_loss
 from VAR.vqvae import VQVAE

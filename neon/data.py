@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from neon import NeonError
-from neon.io import existing
+from neon.files import existing
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 IN_MEMORY = 2**30  # bytes of decoded images that are kept

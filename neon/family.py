@@ -79,7 +79,7 @@ class Family(Protocol):
     def metadata(self, model: torch.nn.Module) -> dict[str, str]:
         """What load needs beside the weights, for the header of a .safetensors file.
 
-        'vae_sha256': neon.checkpoint.values_sha256 of the autoencoder, if the model decodes with one.
+        'vae_sha256': neon.weights.checkpoint.values_sha256 of the autoencoder, if the model decodes with one.
         """
 
     def labels(self, model: torch.nn.Module, seeds: torch.Tensor) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from neon import NeonError
-from neon.io import atomic, progress, sha256
+from neon.files import atomic, progress, sha256
 
 TABLE = "downloads.csv"
 COLUMNS = ["group", "path", "source", "size", "sha256"]

@@ -9,7 +9,7 @@ import torch
 from neon import NeonError
 from neon.data import encode_png, image_name
 from neon.distributed import World
-from neon.io import atomic, discard, progress, read_json, write_json
+from neon.files import atomic, discard, progress, read_json, write_json
 from neon.sampling import shard
 
 

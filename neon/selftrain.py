@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from neon import NeonError
-from neon.checkpoint import open_weights, save_safetensors
 from neon.data import ORDERS, ImageSet, batches
 from neon.distributed import World
 from neon.family import Family, Recipe
-from neon.io import discard, progress
+from neon.files import discard, progress
 from neon.precision import autocast
+from neon.weights.checkpoint import open_weights, save_safetensors
 
 STATE = "state.safetensors"
 

@@ -12,14 +12,12 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "golden"
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory):
     """The smallest world in which every command has a meaning: real digits, features, a base and two snapshots."""
-    from processes import ROOT, neon
+    from processes import neon
     from sklearn.datasets import load_digits
 
+    from mini.features import save_digits_cnn, train_digits_cnn
+    from mini.prepare import write_set
     from neon.data import ImageSet
-    from neon.features import save_digits_cnn, train_digits_cnn
-
-    sys.path.append(str(ROOT / "mini"))
-    from prepare import write_set
 
     path, digits = tmp_path_factory.mktemp("mini"), load_digits()
     pixels = (digits.images * (255 / 16)).round().astype("uint8")

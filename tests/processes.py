@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from neon.checkpoint import load_weights
 from neon.cli import main
+from neon.weights.checkpoint import load_weights
 
 BIN = Path(sys.prefix, "bin")
 ROOT = Path(__file__).parents[1]
 
 # Processes forked from one that has imported torch: a command starts in a tenth of a second.
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["neon.cli", "neon.commands", "edm.family"])
+forkserver.set_forkserver_preload(["neon.cli", "neon.cli.commands", "edm.family"])
 
 
 def words(argv) -> list[str]:

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neon import NeonError
-from neon.checkpoint import (
+from neon.files import atomic, read_json, sha256
+from neon.weights.checkpoint import (
     load_into,
     load_weights,
     open_weights,
@@ -22,7 +23,6 @@ from neon.checkpoint import (
     write_safetensors,
     write_weights,
 )
-from neon.io import atomic, read_json, sha256
 
 EDM = Path(__file__).parent / "golden" / "edm"
 

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from processes import BIN, ROOT, error_of, files, neon, torchrun, words
 
-from neon.checkpoint import load_weights, open_weights, save_safetensors
 from neon.cli import main
 from neon.data import encode_png
+from neon.weights.checkpoint import load_weights, open_weights, save_safetensors
 
 # ---------------------------------------------------------------- commands that would work
 
@@ -287,7 +287,7 @@ def test_numbers_that_make_no_sense(mini, out, capsys, options):
 
 @pytest.mark.parametrize(("text", "wanted"), [("64", 64), ("500k", 500_000), ("6M", 6_000_000), ("2.3k", 2300)])
 def test_counts_of_images(mini, text, wanted):
-    from neon.options import count
+    from neon.cli.options import count
 
     assert count(text) == wanted
 

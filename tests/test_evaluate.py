@@ -8,13 +8,16 @@ import torch
 from processes import error_of, finish, kill_when, neon, ranks, start, torchrun
 
 import edm.family
-from neon import NeonError, metrics
-from neon.checkpoint import load_weights
+from mini.features import DigitsCNN, save_digits_cnn
+from neon import NeonError
 from neon.data import ImageSet
-from neon.evaluate import Evaluation
-from neon.features import DigitsCNN, Extractor, load_extractor, save_digits_cnn
-from neon.metrics import Moments, load_reference
-from neon.search import budget_of, final_points
+from neon.measure import metrics
+from neon.measure.evaluate import Evaluation
+from neon.measure.features import Extractor, load_extractor
+from neon.measure.metrics import Moments, load_reference
+from neon.measure.rows import budget_of
+from neon.search import final_points
+from neon.weights.checkpoint import load_weights
 
 ALL = "fid,is,kid,precision,recall"
 NUMBERS = ("fid", "fid_se", "is", "is_std", "kid", "kid_std", "precision", "recall")
@@ -367,7 +370,7 @@ def test_reference_over_two_processes(mini, tmp_path):
 
 def test_base_weights_come_back_after_a_merge(mini):
     """One network serves all points: a merge must leave no trace in the next."""
-    from neon.search import Candidates
+    from neon.measure.candidates import Candidates
 
     candidates, base = Candidates(edm.family, mini.base, "cpu"), load_weights(mini.base)
     candidates.load(mini.snapshots[0], 2.0)

@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 from sklearn.datasets import load_digits
 
+from mini.features import DigitsCNN, save_digits_cnn, train_digits_cnn
 from neon import NeonError
-from neon.features import DigitsCNN, inception, load_extractor, save_digits_cnn, train_digits_cnn
+from neon.measure.features import inception, load_extractor
 
 
 def noise(n, size, seed=0):
@@ -208,5 +209,5 @@ def test_images_an_extractor_cannot_read(images, digits_file):
 
 
 def test_importing_features_and_metrics_leaves_torch_fidelity_alone():
-    code = "import sys, neon.features, neon.metrics; sys.exit('torch_fidelity' in sys.modules)"
+    code = "import sys, neon.measure.features, neon.measure.metrics; sys.exit('torch_fidelity' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -9,10 +9,10 @@ from processes import error_of, files, finish, kill_when, neon, start, torchrun
 
 import edm.family
 from neon import NeonError
-from neon.checkpoint import load_weights, save_safetensors
 from neon.data import ImageSet, image_name
 from neon.distributed import World
 from neon.generate import generate
+from neon.weights.checkpoint import load_weights, save_safetensors
 
 SEEDS = "990-1039"
 

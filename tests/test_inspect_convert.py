@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from neon.checkpoint import load_weights, open_weights
 from neon.cli import main
+from neon.weights.checkpoint import load_weights, open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 PICKLES = [GOLDEN / "edm" / "tiny_edm.pkl", GOLDEN / "edm" / "tiny_edm_torch2.pkl", GOLDEN / "imm" / "tiny_imm.pkl"]

@@ -14,7 +14,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from neon import NeonError
-from neon.metrics import (
+from neon.measure.metrics import (
     InceptionScore,
     Moments,
     Reference,

@@ -1,15 +1,14 @@
 """The pipelines of the mini scale hang together, and their driver does what it says."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from processes import BIN, ROOT
 
-sys.path.append(str(ROOT / "mini"))
-from each import expand, share, values_of
+from mini.each import expand, share, values_of
 
 
 def test_names_are_filled_in():
@@ -33,17 +32,18 @@ def test_no_core_idles_at_the_end(commands, cores, at_once):
 
 
 def each(*argv):
-    command = [BIN / "python", ROOT / "mini/each.py", *argv]
+    command = [BIN / "python", "-m", "mini.each", *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_every_command_runs_and_one_failure_fails_them_all(tmp_path):
-    good, bad = ROOT / "notebooks/w_curves.ipynb", tmp_path / "none.ipynb"
+    good, bad = tmp_path / "good.pth", tmp_path / "none.pth"
+    torch.save({"x": torch.zeros(2)}, good)
     both = each(
-        "--each", f"file={good},{bad}", "--each", "n=1-2", "neon", "page", "{file}", "--out", f"{tmp_path}/{{n}}.html"
+        "--each", f"file={good},{bad}", "--each", "n=1-2", "neon", "convert", "{file}", f"{tmp_path}/{{n}}.safetensors"
     )
-    assert both.returncode == 1 and both.stderr.count("failed: ") == 2 and "none.ipynb" in both.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"1.html", "2.html"}
+    assert both.returncode == 1 and both.stderr.count("failed: ") == 2 and "none.pth" in both.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"good.pth", "1.safetensors", "2.safetensors"}
 
 
 @pytest.mark.parametrize("folder", ["mini", "mini/ablations"])

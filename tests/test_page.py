@@ -1,14 +1,15 @@
 """Executed notebooks as one page."""
 
 import re
+import subprocess
 from html.parser import HTMLParser
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from processes import ROOT, error_of
+from processes import BIN, ROOT
 
-from neon.page import page
+from report.page import page
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 
@@ -61,5 +62,7 @@ def test_a_page_needs_nothing_else():
 
 def test_what_is_no_notebook_is_said_so(tmp_path, notebook):
     (tmp_path / "bad.ipynb").write_text("{")
-    error = error_of("page", notebook, tmp_path / "bad.ipynb", "--out", tmp_path / "index.html")
-    assert "bad.ipynb: not a notebook" in error and not (tmp_path / "index.html").exists()
+    command = ["-m", "report.page", notebook, tmp_path / "bad.ipynb", "--out", tmp_path / "index.html"]
+    done = subprocess.run([BIN / "python", *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "bad.ipynb: not a notebook" in done.stderr
+    assert not (tmp_path / "index.html").exists()

@@ -23,7 +23,7 @@ from neon.fetch import choose, read_table
 from neon.sampling import parse_seeds
 from neon.search import parse_grid
 
-sys.path += [str(ROOT / "paper"), *(str(ROOT / "tests" / family) for family in ("edm", "flow", "var", "xar", "imm"))]
+sys.path += [*(str(ROOT / "tests" / family) for family in ("edm", "flow", "var", "xar", "imm"))]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 MODELS, POINTS, RELEASED = PARAMS["models"], PARAMS["points"], PARAMS["released"]
 ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
@@ -161,7 +161,7 @@ def test_seeds_are_disjoint():
 
 def test_tables_of_a_part_of_the_results(tmp_path):
     """What was measured stands beside the paper's number, everything else is 'not measured'."""
-    from tables import main
+    from report.table_a1 import main
 
     row = {"family": "edm", "w": 0.0, "fid": 1.5, "fid_se": 0.01, "n": 50_000, "seconds": 1.0, "budget": 0}
     finals = [{"key": role, **row, "role": role, "fid": fid, "w": w} for role, fid, w in
@@ -192,7 +192,14 @@ def test_tables_of_a_part_of_the_results(tmp_path):
 def checkout(folder: Path, params: dict) -> Path:
     """The repository as a user has it, with other numbers."""
     ignore = shutil.ignore_patterns("__pycache__", "*.pth", "*.ckpt", "*.pkl")
-    for name in ("neon", "paper", "notebooks", *{FAMILIES[m["family"]].partition(".")[0] for m in MODELS.values()}):
+    for name in (
+        "neon",
+        "nets",
+        "report",
+        "paper",
+        "notebooks",
+        *{FAMILIES[m["family"]].partition(".")[0] for m in MODELS.values()},
+    ):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore, dirs_exist_ok=True)
     for name in ("dvc.yaml", "download_models.sh", "checkpoints/.gitignore", "fid_stats/.gitignore"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -397,7 +404,7 @@ def write_full_size(folder: Path, model: str, path: Path) -> None:
 
 def test_the_committed_table_is_what_the_command_writes(tmp_path):
     """results/paper/table_a1.*: where there are no rows of results, every number of ours is 'not measured'."""
-    from tables import main
+    from report.table_a1 import main
 
     if (ROOT / "results/paper/rows").exists():
         shutil.copytree(ROOT / "results/paper/rows", tmp_path / "rows")

@@ -1,18 +1,16 @@
 """The README says what is there."""
 
 import re
-import sys
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-sys.path.append(str(ROOT / "mini"))
 
 
 def test_the_measured_table_is_the_one_in_results():
-    from readme import filled
+    from mini.readme import filled
 
     assert filled(README, (ROOT / "results/mini/table.md").read_text()) == README
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 
-from neon.report import best_by_budget, read_rows
+from report.tables import best_by_budget, read_rows
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "budget.ipynb"
 

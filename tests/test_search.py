@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neon import NeonError
-from neon.search import Point, Rows, grid, parse_grid
+from neon.measure.candidates import Point
+from neon.measure.rows import Rows
+from neon.search import grid, parse_grid
 
 WEIGHTS = [0.0, 0.5, 1.0, 1.5, 2.0]
 

@@ -13,11 +13,11 @@ from torch.testing import assert_close
 
 import edm.family
 from neon import NeonError
-from neon.checkpoint import load_weights, open_weights
 from neon.data import ImageSet
 from neon.distributed import World
 from neon.family import Recipe
 from neon.selftrain import make_optimizer, train
+from neon.weights.checkpoint import load_weights, open_weights
 
 ALONE = World()
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.integrate import dblquad
 from torch.testing import assert_close
 
-from neon import toy
-from neon.metrics import Reference, frechet_distance
+from mini import toy
+from neon.measure.metrics import Reference, frechet_distance
 
 ROOT = Path(__file__).parents[1]
 COVARIANCES = st.tuples(*[st.floats(0.2, 3)] * 2, st.floats(-0.9, 0.9))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pickle_writer import EDM_CLASSES, IMM_CLASSES, dump, instance, module_state, write_persistent_pickle
 
 from neon import NeonError
-from neon.unpickle import Record, UnsafePickleError, read_pickle
+from neon.weights.unpickle import Record, UnsafePickleError, read_pickle
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -444,7 +444,7 @@ READ_ALL = """
 import resource, sys
 from pathlib import Path
 from neon import NeonError
-from neon.unpickle import read_pickle
+from neon.weights.unpickle import read_pickle
 
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))

@@ -7,8 +7,8 @@ import argparse
 
 from neon import NeonError
 from neon.cli import command_line
-from neon.fid import add_images, add_output, calculate_fid, image_seeds
-from neon.options import count
+from neon.cli.calculate_fid import add_images, add_output, calculate_fid, image_seeds
+from neon.cli.options import count
 from xAR import family
 from xAR.configs import EVALUATED
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from neon import NeonError
-from neon.checkpoint import Weights, load_into, load_weights, open_weights, values_sha256
 from neon.family import check_images, named
 from neon.precision import autocast
 from neon.sampling import Streams, from_uint8
+from neon.weights.checkpoint import Weights, load_into, load_weights, open_weights, values_sha256
 from xAR.configs import NETWORKS as networks
 from xAR.configs import RECIPES as recipes
 from xAR.loss import draw, noisy_context_loss

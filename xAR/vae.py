@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neon.autoencoder import Decoder, Encoder
+from nets.autoencoder import Decoder, Encoder
 
 LATENT_SCALE = 0.2325  # brings the latents to about unit variance
 

@@ -9,10 +9,10 @@ from edm_cases import golden, tiny_net
 from torch.testing import assert_close
 
 from edm.loss import loss_map
-from neon.checkpoint import load_weights
 from neon.distributed import World
 from neon.family import Recipe
 from neon.selftrain import train
+from neon.weights.checkpoint import load_weights
 
 RECIPE = Recipe(batch=4, lr=1e-3, budget=16, snapshot=4, ramp=16, ema_halflife=50, clean_grads=True)
 

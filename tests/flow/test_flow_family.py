@@ -17,10 +17,10 @@ from processes import neon
 
 from flow import family
 from flow.configs import NETWORKS
+from mini.features import DigitsCNN, save_digits_cnn
 from neon import NeonError
-from neon.checkpoint import load_weights, save_safetensors
-from neon.features import DigitsCNN, save_digits_cnn
 from neon.merge import merge_tensor
+from neon.weights.checkpoint import load_weights, save_safetensors
 
 ROOT = Path(__file__).parents[2]
 SEEDS = torch.tensor([3, 8, 2**32 + 1])

@@ -10,7 +10,7 @@ from pickle_writer import IMM_CLASSES, write_persistent_pickle
 from imm import family
 from imm.autoencoder import NAME
 from imm.network import IMMPrecond
-from neon.checkpoint import save_safetensors
+from neon.weights.checkpoint import save_safetensors
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "imm"
 TINY = {

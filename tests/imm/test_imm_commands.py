@@ -15,10 +15,10 @@ from sets import write_images, write_reference
 
 from imm import family
 from imm.autoencoder import NAME
+from mini.features import DigitsCNN, save_digits_cnn
 from neon import NeonError
-from neon.checkpoint import load_weights
-from neon.features import DigitsCNN, save_digits_cnn
 from neon.merge import merge_tensor
+from neon.weights.checkpoint import load_weights
 
 ROOT = Path(__file__).parents[2]
 (COMMAND,) = re.findall(r"^PYTHONPATH=imm torchrun .*$", (ROOT / "README.md").read_text(), re.MULTILINE)

@@ -11,8 +11,8 @@ from imm_tiny import GOLDEN, TINY, golden, near, tiny, write_digits, write_pickl
 from imm import autoencoder, family
 from imm.autoencoder import NAME, StableDiffusionVAE
 from neon import NeonError
-from neon.checkpoint import save_safetensors, values_sha256
 from neon.family import get_family
+from neon.weights.checkpoint import save_safetensors, values_sha256
 
 SEEDS = torch.tensor([3, 8, 2**32 + 1])
 KAPPA = {"num_steps": 2, "cfg_scale": 1.5, "schedule": "uniform"}

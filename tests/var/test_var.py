@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neon import NeonError
-from neon.autoencoder import Decoder, Encoder, PixelAttention
 from neon.sampling import Streams
+from nets.autoencoder import Decoder, Encoder, PixelAttention
 from VAR.configs import CONFIGS
 from VAR.loss import code_loss, vqvae_loss
 from VAR.sampler import exponentials, filter_logits, race, sample, sample_codes, to_uint8

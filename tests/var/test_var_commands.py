@@ -14,9 +14,9 @@ from processes import error_of, files, finish, goes_on, kill_when, neon, ranks, 
 from sets import write_images, write_reference
 from var_cases import write_pair
 
-from neon.checkpoint import load_weights
-from neon.features import DigitsCNN, save_digits_cnn
+from mini.features import DigitsCNN, save_digits_cnn
 from neon.merge import merge_tensor
+from neon.weights.checkpoint import load_weights
 from VAR import family
 from VAR.configs import CONFIGS
 from VAR.family import RELEASED_VQVAE

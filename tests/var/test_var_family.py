@@ -13,9 +13,9 @@ from PIL import Image
 from var_cases import TINY, write_pair
 
 from neon import NeonError
-from neon.checkpoint import load_weights, save_safetensors
 from neon.family import get_family
 from neon.merge import merge
+from neon.weights.checkpoint import load_weights, save_safetensors
 from VAR import family
 from VAR.augment import enlarged_crops, lanczos_matrix
 from VAR.family import RELEASED_VQVAE

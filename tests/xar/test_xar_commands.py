@@ -11,9 +11,9 @@ from processes import ROOT, error_of, files, finish, goes_on, kill_when, neon, r
 from sets import write_images, write_reference
 from xar_cases import write_checkpoint, write_vae
 
-from neon.checkpoint import load_weights
-from neon.features import DigitsCNN, save_digits_cnn
+from mini.features import DigitsCNN, save_digits_cnn
 from neon.merge import merge_tensor
+from neon.weights.checkpoint import load_weights
 from xAR import family
 
 README = (ROOT / "README.md").read_text()

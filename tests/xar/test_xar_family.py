@@ -7,9 +7,9 @@ import torch
 from xar_cases import write_checkpoint, write_vae
 
 from neon import NeonError
-from neon.checkpoint import load_weights, save_safetensors
 from neon.family import get_family
 from neon.merge import merge
+from neon.weights.checkpoint import load_weights, save_safetensors
 from xAR import family
 from xAR.configs import NETWORKS
 from xAR.network import to_cells

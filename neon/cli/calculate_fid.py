@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import torch
 
+from neon.cli.options import add_inference, add_metrics, count, kappa, loading, natural
 from neon.distributed import world
-from neon.evaluate import Evaluation, parse_metrics
-from neon.features import load_extractor
 from neon.fetch import local
-from neon.io import write_json
-from neon.metrics import load_reference
-from neon.options import add_inference, add_metrics, count, kappa, loading, natural
-from neon.search import Candidates, Point, measure
+from neon.files import write_json
+from neon.measure.candidates import Candidates, Point
+from neon.measure.evaluate import Evaluation, parse_metrics
+from neon.measure.features import load_extractor
+from neon.measure.metrics import load_reference
+from neon.measure.rows import measure
 
 
 def add_output(p: argparse.ArgumentParser, family) -> None:

@@ -1,7 +1,7 @@
 """Rows of results → what `dvc metrics show` and `dvc plots show` read.
 
-python paper/pick.py metrics ROWS OUT.json    role → FID and the other metrics, with w and guidance
-python paper/pick.py curve   ROWS OUT.csv     the best row at each w, whatever its B and guidance
+python -m report.metrics metrics ROWS OUT.json    role → FID and the other metrics, with w and guidance
+python -m report.metrics curve   ROWS OUT.csv     the best row at each w, whatever its B and guidance
 """
 
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from neon.io import atomic, write_json
-from neon.search import Rows
+from neon.files import atomic, write_json
+from neon.measure.rows import Rows
 
 METRICS = ("fid", "fid_se", "is", "precision", "recall")
 

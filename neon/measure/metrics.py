@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from scipy.special import stdtrit
 
 from neon import NeonError
-from neon.io import atomic, sha256
+from neon.files import atomic, sha256
 
 AllReduce = Callable[[torch.Tensor], object]  # sums a tensor over ranks in place, as torch.distributed.all_reduce does
 

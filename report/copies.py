@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 
 from neon.data import ImageSet
+from neon.measure.rows import images_of
 from neon.sampling import parse_seeds
-from neon.search import images_of
 
 
 def nearest(images: torch.Tensor, train: torch.Tensor) -> np.ndarray:

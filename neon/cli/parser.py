@@ -1,13 +1,10 @@
-"""The `neon` command and its options; neon.commands does the work."""
+"""What may be typed: the commands of `neon` and their options."""
 
 import argparse
-import sys
-import time
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from neon import NeonError, __version__
-from neon.options import (
+from neon import __version__
+from neon.cli.options import (
     add_evaluation,
     add_family,
     add_fields,
@@ -19,47 +16,12 @@ from neon.options import (
 )
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
-    """Run a command of the `neon` program."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-
-    def run():
-        args = _parser(prog, _peek_family(argv)).parse_args(argv)
-        from neon import commands  # not before the options are known to be sound: it loads torch
-
-        getattr(commands, args.run)(args)
-
-    command_line(run)
+def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
+    """The parsed command line; `run` names the function of neon.cli.commands."""
+    return _parser(prog, _peek_family(argv)).parse_args(argv)
 
 
-def command_line(run: Callable[[], None]) -> None:
-    """Call `run` as a program: what the user can mend becomes one line on stderr and exit status 1."""
-    try:
-        run()
-    except NeonError as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"{error.filename2 or error.filename}: {error.strerror}" if error.filename else str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def fail(error: str) -> typing.NoReturn:
-    """One line on stderr, exit status 1."""
-    from neon.distributed import rank
-
-    if rank():
-        time.sleep(2)  # the same error on every rank: let rank 0 say it, whereupon torchrun stops the others
-    print("error:", " ".join(error.split()), file=sys.stderr)
-    sys.exit(1)
-
-
-def family_script(command: str, family: str, *defaults: str) -> None:
-    """What edm/selftrain.py and its like run: `neon COMMAND --family FAMILY …`; defaults precede the user's words."""
-    main([command, "--family", family, *defaults, *sys.argv[1:]])
-
-
-def _peek_family(argv: list[str]):
+def _peek_family(argv: Sequence[str]):
     """The family named on the command line, whose options join the parser's; None if there is none."""
     from neon.family import get_family
 
@@ -154,11 +116,6 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     if family:
         add_fields(p, family.Loading)
 
-    p = command("page", "run_page", "one self-contained HTML page of executed notebooks")
-    p.add_argument("notebooks", nargs="+", help="executed .ipynb files, in order")
-    p.add_argument("--title", default="Neon: results")
-    p.add_argument("--out", required=True, help=".html")
-
     p = command("inspect", "run_inspect", "what a checkpoint holds, without executing anything in it")
     p.add_argument("file", type=checkpoint)
     p.add_argument("--key", help="where the state dict lies in a nested file")
@@ -178,7 +135,3 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     p.add_argument("--batch_size", type=count, default=256)
     p.add_argument("--device", choices=["cpu", "cuda"])
     return parser
-
-
-if __name__ == "__main__":
-    main()

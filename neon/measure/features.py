@@ -4,6 +4,7 @@ An extractor turns a batch of images into features and, if it is a classifier, l
 """
 
 import http.client
+import importlib
 import io
 import os
 from collections.abc import Callable
@@ -11,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 
 from neon import NeonError
-from neon.io import atomic, sha256
+from neon.files import sha256
 
+# What `--features NAME[:ARGUMENT]` may name: a function (argument, device) → Extractor, imported when it is asked for.
+EXTRACTORS = {"inception": "neon.measure.features:inception", "digits": "mini.features:digits"}
 SPECS = "inception, inception:PATH, inception:random, digits:PATH"
 
 
@@ -50,15 +50,11 @@ class Extractor:
 
 def load_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
     """'inception' | 'inception:PATH' | 'inception:random' | 'digits:PATH' → extractor. Raises NeonError."""
-    kind, _, path = spec.partition(":")
-    if kind == "inception":
-        return inception(path or None, device)
-    if kind == "digits" and path:
-        return digits(path, device)
-    raise NeonError(f"no feature extractor {spec!r}; choose from: {SPECS}")
-
-
-# ---- InceptionV3
+    kind, _, argument = spec.partition(":")
+    if kind not in EXTRACTORS:
+        raise NeonError(f"no feature extractor {spec!r}; choose from: {SPECS}")
+    module, _, function = EXTRACTORS[kind].partition(":")
+    return getattr(importlib.import_module(module), function)(argument or None, device)
 
 
 def inception(weights_path: str | os.PathLike | None = None, device: torch.device | str = "cpu") -> Extractor:
@@ -124,92 +120,3 @@ def _randomize(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_normal_(parameter, generator=generator)
-
-
-# ---- a classifier of 8x8 digits
-
-
-class DigitsCNN(nn.Module):
-    """Classifier of grey 8x8 digits, whose `dim` features before the last layer serve the metrics of the mini scale.
-
-    uint8 (N, 3, 8, 8), of which the first channel is read → Features: (N, dim) and (N, 10) float32.
-    """
-
-    def __init__(self, dim: int = 64):
-        super().__init__()
-        self.trunk = nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Linear(64 * 2 * 2, dim)),
-        )
-        self.head = nn.Linear(dim, 10)
-
-    def forward(self, images: torch.Tensor) -> Features:
-        if images.shape[2:] != (8, 8):
-            raise NeonError(f"the digits extractor reads 8x8 images, not {images.shape[2]}x{images.shape[3]}")
-        features = self.trunk(images[:, :1].float() / 127.5 - 1)
-        return Features(features, self.head(F.relu(features)))
-
-
-def train_digits_cnn(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    seed: int = 0,
-    epochs: int = 20,
-    batch: int = 64,
-    lr: float = 3e-3,
-    dim: int = 64,
-) -> DigitsCNN:
-    """Train on uint8 (N, 3, 8, 8) images and int64 (N,) labels in 0..9, shifted by up to a pixel; seconds on a CPU.
-
-    The same arguments give the same weights on one machine.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = DigitsCNN(dim)
-    # (N, 3, 3, 3, 8, 8): all nine shifts of each image, as views of its padded copy.
-    shifts = F.pad(images, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in range(epochs):
-        for index in torch.randperm(len(images), generator=generator).split(batch):
-            dy, dx = torch.randint(3, (2, len(index)), generator=generator)
-            loss = F.cross_entropy(model(shifts[index, :, dy, dx]).logits, labels[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-def save_digits_cnn(model: DigitsCNN, path: str | os.PathLike) -> None:
-    """Write what `digits` reads, whole or not at all."""
-    metadata = {"format": "pt", "model": "DigitsCNN", "dim": str(model.head.in_features)}
-    data = safetensors.torch.save({key: x.contiguous() for key, x in model.state_dict().items()}, metadata)
-    with atomic(path) as partial:
-        partial.write_bytes(data)
-
-
-def digits(path: str | os.PathLike, device: torch.device | str = "cpu") -> Extractor:
-    """Extractor from a file of `save_digits_cnn`. Raises NeonError for any other file."""
-    path = Path(path)
-    wrong = NeonError(f"{path} does not hold a DigitsCNN; make one with train_digits_cnn and save_digits_cnn")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except OSError as error:
-        raise NeonError(f"cannot read the digits extractor {path}: {error.strerror or error}") from None
-    except SafetensorError:
-        raise wrong from None
-    if metadata.get("model") != "DigitsCNN":
-        raise wrong
-    try:
-        model = DigitsCNN(int(metadata["dim"]))
-        model.load_state_dict(state)
-    except (KeyError, ValueError, RuntimeError):
-        raise wrong from None
-    model.eval().to(device)
-    return Extractor(f"digits-{sha256(path)[:8]}", model.head.in_features, 10, torch.device(device), model)

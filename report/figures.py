@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from neon.data import contact_sheet
-from neon.metrics import t_interval
+from neon.measure.metrics import t_interval
 
 LABELS = {"fid": "FID", "precision": "precision", "recall": "recall"}
 

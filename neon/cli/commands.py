@@ -9,34 +9,23 @@ from pathlib import Path
 import torch
 
 from neon import NeonError
-from neon.checkpoint import open_weights, write_safetensors, write_weights
+from neon.cli.options import kappa, loading
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
-from neon.evaluate import Evaluation, parse_metrics, reference_of
 from neon.family import get_family, named
-from neon.features import load_extractor
 from neon.fetch import GROUPS, TABLE, bring, choose, read_table, write_table
+from neon.files import atomic, existing, sha256, write_json
 from neon.generate import generate
-from neon.io import atomic, existing, sha256, write_json
+from neon.measure.candidates import Candidates, Point
+from neon.measure.evaluate import Evaluation, parse_metrics, reference_of
+from neon.measure.features import load_extractor
+from neon.measure.metrics import load_reference, save_reference
+from neon.measure.rows import Rows, digest, images_of, key_of, measure, scorer
 from neon.merge import merge
-from neon.metrics import load_reference, save_reference
-from neon.options import kappa, loading
 from neon.sampling import parse_seeds
-from neon.search import (
-    Candidates,
-    Point,
-    Rows,
-    check_sampled_alike,
-    digest,
-    final_points,
-    grid,
-    images_of,
-    key_of,
-    measure,
-    parse_grid,
-    scorer,
-)
+from neon.search import check_sampled_alike, final_points, grid, parse_grid
 from neon.selftrain import snapshots, train
+from neon.weights.checkpoint import open_weights, write_safetensors, write_weights
 
 
 def run_download(args) -> None:
@@ -242,14 +231,6 @@ def run_grid(args) -> None:
                 folder.mkdir()
                 for role, images in drawn.items():
                     (folder / f"{role}.png").write_bytes(encode_png(contact_sheet(images, args.columns)))
-
-
-def run_page(args) -> None:
-    from neon.page import page  # notebooks and Markdown, which no other command reads
-
-    html = page(args.notebooks, args.title)
-    with atomic(args.out) as partial:
-        partial.write_text(html)
 
 
 def run_reference(args) -> None:

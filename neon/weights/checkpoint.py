@@ -5,7 +5,7 @@
 
     .safetensors                        one file, or a folder (or its *.index.json) with shards
     .pth .pt .ckpt                      torch.save of a state dict, flat or nested; torch.load(weights_only=True)
-    .pkl                                EDM's and IMM's persistent pickles (neon.unpickle); read only
+    .pkl                                EDM's and IMM's persistent pickles (neon.weights.unpickle); read only
 """
 
 import argparse
@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from neon import NeonError
-from neon.io import atomic, existing, read_json
+from neon.files import atomic, existing, read_json
 
 # Where the public checkpoints keep the weights that are sampled from, best first; dots step into nested dicts.
 STATE_KEYS = ("model_ema", "ema_model", "ema", "trainer.var_wo_ddp", "var_wo_ddp", "state_dict", "model")
@@ -142,7 +142,7 @@ class PickleWeights(Weights):
     format = "pickle"
 
     def __init__(self, path: Path):
-        from neon.unpickle import read_pickle
+        from neon.weights.unpickle import read_pickle
 
         self.path = path
         self.model = read_pickle(path)

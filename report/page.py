@@ -1,5 +1,9 @@
-"""Executed notebooks as one HTML page that needs nothing else: figures inside, formulas as MathML, no script."""
+"""Executed notebooks as one HTML page that needs nothing else: figures inside, formulas as MathML, no script.
 
+python -m report.page NOTEBOOK.ipynb … --out PAGE.html
+"""
+
+import argparse
 import base64
 import html
 import io
@@ -13,7 +17,8 @@ from latex2mathml.converter import convert
 from PIL import Image
 
 from neon import NeonError
-from neon.io import existing
+from neon.cli import command_line
+from neon.files import atomic, existing
 
 FORMULA = r"\$\$(.+?)\$\$|\$([^$\n][^$]*?)\$"
 STYLE = """
@@ -95,3 +100,18 @@ def _markdown(source: str) -> str:
     rendered = mistune.html(re.sub(FORMULA, keep, source, flags=re.DOTALL))
     rendered = re.sub(r'<a href="(?!https?:)[^"]*">(.*?)</a>', r"\1", rendered)  # files that the page does not hold
     return re.sub("\0(\\d+)\0", lambda m: formulas[int(m[1])], rendered)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="+", help="executed .ipynb files, in order")
+    parser.add_argument("--title", default="Neon: results")
+    parser.add_argument("--out", required=True, help=".html")
+    args = parser.parse_args()
+    text = page(args.notebooks, args.title)
+    with atomic(args.out) as partial:
+        partial.write_text(text)
+
+
+if __name__ == "__main__":
+    command_line(main)

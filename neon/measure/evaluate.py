@@ -1,20 +1,19 @@
 """Sampler → features → statistics → metrics, in memory, over any number of processes."""
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from neon import NeonError, metrics
+from neon import NeonError
 from neon.data import ImageSet
 from neon.distributed import World
-from neon.features import Extractor
-from neon.io import progress
-from neon.metrics import InceptionScore, Moments, Reference
+from neon.files import progress
+from neon.measure import metrics
+from neon.measure.features import Extractor
+from neon.measure.metrics import InceptionScore, Moments, Reference
 from neon.sampling import shard
 
 ALONE = World()
@@ -146,18 +145,3 @@ def reference_of(
     own = torch.cat(features) if features else torch.empty(0, extractor.dim)
     mu, sigma = (published.mu, published.sigma) if published else (moments.mean, moments.cov)
     return Reference(mu, sigma, torch.cat(world.gather(own)))
-
-
-def row(family: str, evaluation: Evaluation, kappa: Mapping, result: Mapping, started: float, **model) -> dict:
-    """One line of results: which model, how sampled, how measured, what came out, with what software."""
-    return {
-        "family": family,
-        **model,
-        **kappa,
-        **evaluation.identity(),
-        **result,
-        "seconds": round(time.monotonic() - started, 1),
-        "world": evaluation.world.size,
-        "device": str(evaluation.world.device).partition(":")[0],
-        "versions": {name: version(name) for name in ("torch", "torch-fidelity", "numpy")},
-    }

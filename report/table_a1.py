@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from pick import rows_of
 
-from neon.io import atomic
-from neon.report import CURVES, best_by_budget, markdown, summarise, table_of
+from neon.files import atomic
+from report.metrics import rows_of
+from report.tables import CURVES, best_by_budget, markdown, summarise, table_of
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 TITLES = {
     "cifar10": "(a) CIFAR-10",
     "ffhq64": "(b) FFHQ-64",
@@ -74,9 +74,10 @@ def as_markdown(lines: pd.DataFrame, params: dict) -> str:
 
 
 def main(out: Path) -> None:
-    params = yaml.safe_load((HERE.parent / "params.yaml").read_text())
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
     search, final = (found(out, kind, params["points"]) for kind in ("search", "final"))
-    lines = table_a1(pd.read_csv(HERE / "table_a1.csv"), params, final, found(out, "released", params["released"]))
+    paper, released = pd.read_csv(ROOT / "paper" / "table_a1.csv"), found(out, "released", params["released"])
+    lines = table_a1(paper, params, final, released)
     tables = {
         "table_a1.csv": lines.to_csv(index=False, float_format="%.6g"),
         "table_a1.json": lines.to_json(orient="records", indent=1),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from neon import NeonError
-from neon.checkpoint import check_fits, load_into, open_weights
+from neon.weights.checkpoint import check_fits, load_into, open_weights
 
 
 def build(network: type[nn.Module], kwargs: Mapping) -> nn.Module:
@@ -19,7 +19,7 @@ def build(network: type[nn.Module], kwargs: Mapping) -> nn.Module:
 
 
 def metadata(net: nn.Module) -> dict[str, str]:
-    """What `load` needs beside the weights, under the names that neon.checkpoint gives to a pickle's record."""
+    """What `load` needs beside the weights, under the names that neon.weights.checkpoint gives to a pickle's record."""
     return {"class_name": type(net).__name__, "init_kwargs": json.dumps(net.init_kwargs)}
 
 

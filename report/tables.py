@@ -1,13 +1,17 @@
 """Result rows → tables: one line per setting, with intervals over seeds."""
 
+import argparse
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from neon import NeonError
-from neon.metrics import t_interval
-from neon.search import Rows
+from neon.files import atomic
+from neon.measure.metrics import t_interval
+from neon.measure.rows import Rows
 
 SUMMARY = [
     *("family", "seeds", "w_star", "cfg_star", "fid_selftrained", "fid_base", "fid_neon", "gain", "gain_lo", "gain_hi"),
@@ -98,3 +102,41 @@ def markdown(table: pd.DataFrame, digits: int = 3) -> str:
     cells = table.map(lambda v: f"{v:.{digits}g}" if isinstance(v, float) else str(v)).replace("nan", "")
     lines = [list(table.columns), ["---"] * len(table.columns), *cells.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def files(roots: list[Path], kind: str) -> dict[Path, dict]:
+    """<root>/<kind>/<setting>/<seed>.jsonl → its setting and seed."""
+    found = sorted((p for root in roots for p in root.glob(f"{kind}/*/*.jsonl")), key=lambda p: int(p.stem))
+    return {path: {"setting": path.parent.name, "seed": int(path.stem)} for path in found}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=Path, nargs="+", required=True, help="folders of searches and final evaluations")
+    parser.add_argument("--titles", type=Path, required=True, help="YAML file: `titles` of the settings, in order")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    titles = yaml.safe_load(args.titles.read_text())["titles"]
+    order = list(titles)
+    search, final = (
+        read_rows(files(args.rows, kind)).sort_values("setting", key=lambda c: c.map(order.index), kind="stable")
+        for kind in ("search", "final")
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    budget = best_by_budget(search)
+    search = search[search["setting"].isin(final["setting"])]  # others vary B and |S| only
+    settings = summarise(final)
+    summary = settings.drop_duplicates("family").drop(columns="setting")  # a family's first setting
+    tables = {
+        "search.csv": search.reindex(columns=CURVES).to_csv(index=False, float_format="%.5g"),
+        "final.csv": final.reindex(columns=["role", *CURVES]).to_csv(index=False, float_format="%.5g"),
+        "budget.csv": budget.to_csv(index=False, float_format="%.5g"),
+        "settings.csv": settings.to_csv(index=False, float_format="%.5g"),
+        "summary.csv": summary.to_csv(index=False, float_format="%.5g"),
+        "table.md": markdown(final_table(final.replace({"setting": titles}))),
+        "titles.json": json.dumps(titles, indent=1),
+    }
+    for name, text in tables.items():
+        with atomic(args.out / name) as partial:
+            partial.write_text(text)
+    print(tables["table.md"])

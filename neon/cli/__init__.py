@@ -1,0 +1,50 @@
+"""The `neon` command. This file runs it, parser.py says what may be typed, commands.py does the work."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from neon import NeonError
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
+    """Run a command of the `neon` program."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def run():
+        from neon.cli.parser import parse
+
+        args = parse(argv, prog)
+        from neon.cli import commands  # not before the options are known to be sound: it loads torch
+
+        getattr(commands, args.run)(args)
+
+    command_line(run)
+
+
+def command_line(run: Callable[[], None]) -> None:
+    """Call `run` as a program: what the user can mend becomes one line on stderr and exit status 1."""
+    try:
+        run()
+    except NeonError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename2 or error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(error: str) -> NoReturn:
+    """One line on stderr, exit status 1."""
+    from neon.distributed import rank
+
+    if rank():
+        time.sleep(2)  # the same error on every rank: let rank 0 say it, whereupon torchrun stops the others
+    print("error:", " ".join(error.split()), file=sys.stderr)
+    sys.exit(1)
+
+
+def family_script(command: str, family: str, *defaults: str) -> None:
+    """What edm/selftrain.py and its like run: `neon COMMAND --family FAMILY …`; defaults precede the user's words."""
+    main([command, "--family", family, *defaults, *sys.argv[1:]])

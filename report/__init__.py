@@ -1,0 +1,1 @@
+"""Rows of results → tables, figures, pages. Imports neon; nothing in neon imports it."""
