@@ -12,18 +12,25 @@ def lanczos_matrix(size: int, enlarged: int) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def enlarged_crops(images: Tensor, factor: float, generator: torch.Generator) -> Tensor:
-    """Random crops, of the images' own size, of the images enlarged by `factor`.
+def room(size: int, factor: float) -> int:
+    """By how many pixels an image of that size grows when it is enlarged."""
+    return round(factor * size) - size
 
-    images: uint8 (B, C, S, S) → uint8 of the same shape. One position per image, from the generator. Multiplying by
-    the rows of the resampling matrix that a crop needs is resizing and cropping at once; float64, since lower
-    precision (TF32, autocast) would move pixels by a level.
+
+def draw_corners(n: int, size: int, factor: float, generator: torch.Generator) -> Tensor:
+    """Where n crops begin, (n, 2) int64: row and column."""
+    return torch.randint(room(size, factor) + 1, (2, n), generator=generator, device=generator.device).T
+
+
+def enlarged_crops(images: Tensor, factor: float, corners: Tensor) -> Tensor:
+    """Crops, of the images' own size, of the images enlarged by `factor`; corners: (B, 2), see draw_corners.
+
+    images: uint8 (B, C, S, S) → uint8 of the same shape. Multiplying by the rows of the resampling matrix that a crop
+    needs is resizing and cropping at once. In float64: lower precision (TF32, autocast) would move pixels by a level.
     """
     size = images.shape[-1]
-    room = round(factor * size) - size
-    matrix = lanczos_matrix(size, size + room).to(images.device)
-    corners = torch.randint(room + 1, (2, len(images)), generator=generator, device=generator.device)
-    rows, columns = matrix[corners.to(images.device)[..., None] + torch.arange(size, device=images.device)]
+    matrix = lanczos_matrix(size, size + room(size, factor)).to(images.device)
+    rows, columns = matrix[corners.T.to(images.device)[..., None] + torch.arange(size, device=images.device)]
     wide = to_levels(images.double() @ columns.mT[:, None])  # the filter runs over lines first, and rounds in between
     return to_levels(rows[:, None] @ wide).to(torch.uint8)
 

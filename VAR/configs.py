@@ -74,6 +74,7 @@ FINETUNE = {
     "betas": (0.9, 0.95),
     "clip": 2.0,
     "precision": "float16",
+    "tf32": True,
     "loss": {"enlarge": 1.125},
 }
 

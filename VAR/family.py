@@ -5,29 +5,28 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from neon import NeonError
-from neon.family import check_images, named
+from neon.family import check_images, named, option
 from neon.files import existing
-from neon.precision import autocast
-from neon.sampling import Streams, from_uint8
+from neon.precision import autocast, decoder, network
+from neon.sampling import Streams, from_uint8, to_uint8
 from neon.weights.checkpoint import load_into, load_weights, open_weights, values_sha256
-from VAR.augment import enlarged_crops
-from VAR.configs import CONFIGS as networks
-from VAR.configs import RECIPES as recipes
-from VAR.configs import Config
+from VAR import transformer
+from VAR.augment import draw_corners, enlarged_crops
+from VAR.configs import CONFIGS, RECIPES, Config
 from VAR.loss import code_loss
-from VAR.sampler import sample as sample_images
-from VAR.sampler import to_uint8
+from VAR.sampler import sample_codes
 from VAR.transformer import Transformer
 from VAR.vqvae import VQVAE
 
-__all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
-
 name = "var"
+networks, recipes = CONFIGS, RECIPES
+released_precision, released_tf32 = "float16", False
 RELEASED_VQVAE = "vae_ch160v4096z32.pth"
 
 
@@ -35,18 +34,18 @@ RELEASED_VQVAE = "vae_ch160v4096z32.pth"
 class Sampling:
     """Options of the sampler; the defaults are those of the paper's evaluation of d16."""
 
-    cfg: float = 2.9  # guidance at the last scale; it grows from 0 at the first, and 0 is none
-    top_k: int = 900  # 0 keeps all codes
-    top_p: float = 0.95  # 0 keeps all
-    temperature: float = 1.0
-    more_smooth: bool = False  # nicer images, worse FID
+    cfg: float = option(2.9, "guidance scale at the last scale; it grows from 0 at the first, and 0 is none")
+    top_k: int = option(900, "draw from the k most likely codes; 0: from all")
+    top_p: float = option(0.95, "draw from the most likely codes of this total probability; 0: from all")
+    temperature: float = option(1.0, "logits are divided by it")
+    more_smooth: bool = option(False, "average codes instead of drawing one: nicer images, worse FID")
 
 
 @dataclass(frozen=True)
 class Loading:
     """What load and create need beside the checkpoint."""
 
-    vae_ckpt: str = ""  # file of the VQVAE (default: looked for near the checkpoint)
+    vae_ckpt: str = option("", "file of the VQVAE (default: looked for near the checkpoint)")
 
 
 class VAR(nn.Module):
@@ -159,12 +158,13 @@ def labels(model: VAR, seeds: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample(model: VAR, seeds: torch.Tensor, labels: torch.Tensor | None, **kappa) -> torch.Tensor:
-    """uint8 (N, C, S, S); kappa: fields of Sampling. labels None: each image draws its class from its own stream."""
+def sample(model: VAR, seeds: torch.Tensor, labels: torch.Tensor | None, **sampling) -> torch.Tensor:
+    """uint8 (N, C, S, S); sampling: fields of Sampling. labels None: each image draws its class from its own stream."""
     device = model.transformer.pos_start.device
-    with autocast(device, model.precision):
-        images = sample_images(model.transformer, model.vqvae, labels, Streams(seeds, device), **kappa)
-    return to_uint8(images)
+    with autocast(device, network(model.precision)):
+        _, f_hat = sample_codes(model.transformer, model.vqvae.quantize, labels, Streams(seeds, device), **sampling)
+    with autocast(device, decoder(model.precision)):
+        return to_uint8(model.vqvae.decode_latent(f_hat))
 
 
 def check(model: VAR, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
@@ -173,15 +173,24 @@ def check(model: VAR, shape: tuple[int, ...], labels: torch.Tensor | None) -> No
     check_images(shape, labels, (config.image_channels, config.image_side, config.image_side), config.classes)
 
 
+class Draws(NamedTuple):
+    """The random numbers of a training step of N images."""
+
+    corners: torch.Tensor | None  # (N, 2) int64, where crops of the enlarged images begin
+    dropped: transformer.Draws
+
+
+def draw(model: VAR, n: int, generator: torch.Generator, *, enlarge: float = 1.0, **_) -> Draws:
+    """Random numbers of a step, in the order of the fields. enlarge: see `loss`."""
+    corners = draw_corners(n, model.config.image_side, enlarge, generator) if enlarge > 1 else None
+    return Draws(corners, model.transformer.draw(n, generator))
+
+
 def loss(
-    model: VAR,
-    images: torch.Tensor,
-    labels: torch.Tensor | None,
-    generator: torch.Generator,
-    enlarge: float = 1.0,
+    model: VAR, images: torch.Tensor, labels: torch.Tensor | None, draws: Draws, enlarge: float = 1.0
 ) -> torch.Tensor:
     """Mean cross-entropy of the images' codes. enlarge: train on random crops of images enlarged by this factor."""
-    if enlarge > 1:
-        images = enlarged_crops(images, enlarge, generator)
+    if draws.corners is not None:
+        images = enlarged_crops(images, enlarge, draws.corners)
     ids = model.vqvae.encode(from_uint8(images))
-    return code_loss(model.transformer, model.vqvae.quantize, ids, labels, generator)
+    return code_loss(model.transformer, model.vqvae.quantize, ids, labels, draws.dropped)

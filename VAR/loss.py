@@ -1,10 +1,9 @@
 """Training objectives. Codes come from the frozen VQVAE: ids = vqvae.encode(images)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from VAR.transformer import Transformer
+from VAR.transformer import NOTHING_DROPPED, Draws, Transformer
 from VAR.vqvae import VQVAE, Quantizer
 
 
@@ -13,10 +12,10 @@ def code_loss(
     quantizer: Quantizer,
     ids: Tensor,
     labels: Tensor,
-    generator: torch.Generator | None = None,
+    draws: Draws = NOTHING_DROPPED,
 ) -> Tensor:
     """Mean cross-entropy over all codes of all scales; ids (B, L), labels (B,) int64 → float32 scalar."""
-    logits = transformer(labels, quantizer.teacher_input(ids), generator)
+    logits = transformer(labels, quantizer.teacher_input(ids), draws)
     return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
 

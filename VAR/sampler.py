@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neon import NeonError
+from neon import Diverged, NeonError
 from neon.sampling import Streams
 from VAR.transformer import Transformer
-from VAR.vqvae import VQVAE, Quantizer
+from VAR.vqvae import Quantizer
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
@@ -74,7 +74,8 @@ def sample_codes(
 
     labels: (B,) int64, negative for "no class"; None draws them from the streams. cfg = 0 is no guidance; scale k
     uses cfg·k/(K−1). Logits are divided by temperature. draw(probs (B, n, V), streams) → ids (B, n).
-    more_smooth: f̂ is made of smooth_vectors instead of the drawn codes. Raises NeonError for impossible options.
+    more_smooth: f̂ is made of smooth_vectors instead of the drawn codes. Raises NeonError for impossible options,
+    Diverged if logits are not finite.
     """
     classes, sides = transformer.config.classes, quantizer.sides
     if temperature <= 0:
@@ -92,7 +93,7 @@ def sample_codes(
     codes = quantizer.embedding.weight
     f_hat = codes.new_zeros(len(streams), codes.shape[1], sides[-1], sides[-1])
     inputs = codes.new_zeros(len(streams), 0, codes.shape[1])
-    cache, drawn = [None] * transformer.config.depth, []
+    cache, drawn, finite = [None] * transformer.config.depth, [], torch.ones((), dtype=torch.bool, device=s.device)
     for k in range(len(sides)):
         progress = k / max(len(sides) - 1, 1)
         logits = transformer.next_scale(s, inputs.repeat(2 if cfg else 1, 1, 1), k, cache)
@@ -100,6 +101,7 @@ def sample_codes(
             conditional, unconditional = logits.chunk(2)
             weight = cfg * progress
             logits = (1 + weight) * conditional - weight * unconditional
+        finite &= logits.isfinite().all()
         logits = filter_logits(logits / temperature, top_k, top_p)
         ids = draw(logits.softmax(-1), streams)
         vectors = smooth_vectors(logits, streams, codes, progress) if more_smooth else F.embedding(ids, codes)
@@ -107,16 +109,6 @@ def sample_codes(
         drawn.append(ids)
         if k + 1 < len(sides):
             inputs = quantizer.tokens(f_hat, k + 1)
+    if not finite:  # codes can be drawn from NaN, too
+        raise Diverged("the transformer's logits are not finite")
     return torch.cat(drawn, dim=1), f_hat
-
-
-@torch.no_grad()
-def sample(transformer: Transformer, vqvae: VQVAE, labels: Tensor | None, streams: Streams, **options) -> Tensor:
-    """Images (B, C, S, S) float32 in [0, 1]; the options of sample_codes."""
-    _, f_hat = sample_codes(transformer, vqvae.quantize, labels, streams, **options)
-    return (vqvae.decode_latent(f_hat).float().clamp(-1, 1) + 1) / 2
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[0, 1] → 0…255, truncated as the published samples are."""
-    return (images.clamp(0, 1) * 255).to(torch.uint8)

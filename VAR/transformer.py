@@ -4,6 +4,7 @@ B batch, K scales of p_k² tokens, L tokens in all, C width, V codes, c code cha
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,14 @@ from VAR.configs import Config
 Cache = list[tuple[Tensor, Tensor] | None]  # keys and values of every block
 
 
-def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Float32 in [0, 1), drawn where the generator lives (None: the device's global one)."""
-    return torch.rand(shape, generator=generator, device=generator.device if generator else device).to(device)
+class Draws(NamedTuple):
+    """Uniforms in [0, 1) that decide what n images drop in training; None where nothing is dropped."""
+
+    labels: Tensor | None  # (n,)
+    branches: Tensor | None  # (n, depth, 2): of every block, attention and feed-forward
+
+
+NOTHING_DROPPED = Draws(None, None)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -147,22 +153,29 @@ class Transformer(nn.Module):
             gates.mul_(1e-5)
             rest.mul_(0.5)
 
-    def forward(self, labels: Tensor, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, n: int, generator: torch.Generator) -> Draws:
+        """Random numbers for n images of a training step, on the generator's device."""
+        config, here = self.config, {"generator": generator, "device": generator.device}
+        labels = torch.rand(n, **here) if config.label_drop else None
+        branches = torch.rand(config.depth, 2, n, **here).permute(2, 0, 1) if config.drop_path else None
+        return Draws(labels, branches)
+
+    def forward(self, labels: Tensor, inputs: Tensor, draws: Draws = NOTHING_DROPPED) -> Tensor:
         """Logits (B, L, V) float32 of all scales.
 
         labels: (B,) int64, config.classes for "no class"; inputs: (B, L−1, c), see Quantizer.teacher_input.
-        In training mode labels and branches are dropped at the config's rates, drawn from `generator`.
+        draws: in training, by which labels and branches are dropped at the config's rates.
         """
-        if self.training and self.config.label_drop:
-            dropped = uniform(labels.shape, generator, labels.device) < self.config.label_drop
+        if draws.labels is not None:
+            dropped = draws.labels.to(labels.device) < self.config.label_drop
             labels = labels.masked_fill(dropped, self.config.classes)
         s = self.class_emb(labels)
         x = self.embed(s, inputs, 0)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too is in half precision
             x = x.to(torch.get_autocast_dtype(x.device.type))
         keep = None
-        if self.training and self.config.drop_path:
-            keep = self.branch_factors(len(x), generator, x.device)
+        if draws.branches is not None:
+            keep = self.branch_factors(draws.branches.to(x.device))
         return self.logits(x, s, mask=self.attn_bias_for_masking.to(x.dtype), keep=keep)
 
     def next_scale(self, s: Tensor, inputs: Tensor, scale: int, cache: Cache) -> Tensor:
@@ -183,14 +196,14 @@ class Transformer(nn.Module):
             position = self.lvl_embed(self.lvl_1L) + self.pos_1LC
             return x + position[:, first : first + x.shape[1]]
 
-    def branch_factors(self, batch: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """Drop path: 0 or 1/(1−p) for each block, branch and sample, (depth, 2, B, 1, 1).
+    def branch_factors(self, uniform: Tensor) -> Tensor:
+        """Drop path, from uniforms (B, depth, 2): 0 or 1/(1−p) for each block and branch, (depth, 2, B, 1, 1).
 
         p grows linearly over the blocks, from 0 to config.drop_path.
         """
-        p = torch.linspace(0, self.config.drop_path, self.config.depth, device=device).view(-1, 1, 1, 1, 1)
-        kept = uniform((self.config.depth, 2, batch, 1, 1), generator, device) >= p
-        return kept / (1 - p)
+        p = torch.linspace(0, self.config.drop_path, self.config.depth, device=uniform.device)[:, None]
+        factors = (uniform >= p) / (1 - p)
+        return factors.permute(1, 2, 0)[..., None, None]
 
     def logits(self, x: Tensor, s: Tensor, mask=None, cache: Cache | None = None, keep: Tensor | None = None) -> Tensor:
         """Embeddings (B, n, C) through all blocks and the head; the condition of the head is s in either variant."""

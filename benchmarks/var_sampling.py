@@ -59,14 +59,14 @@ def variants(network: str, folder: Path, device: torch.device, compiled: bool):
         yield f"{half}, compile", build(half, compile=True)
 
 
-def drawing(config, batch: int, device: torch.device, kappa: dict) -> float:
+def drawing(config, batch: int, device: torch.device, sampling: dict) -> float:
     """Seconds to filter the logits of all scales of a batch and to draw from them."""
     streams = Streams(range(batch), device)
     logits = [torch.randn(batch, side**2, config.vocab, device=device) for side in config.sides]
 
     def run():
         for scale in logits:
-            race(filter_logits(scale, kappa["top_k"], kappa["top_p"]).softmax(-1), streams)
+            race(filter_logits(scale, sampling["top_k"], sampling["top_p"]).softmax(-1), streams)
 
     run()
     return seconds(run, device)
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--top_k", type=int, default=900)
     parser.add_argument("--no_compile", action="store_true", help="skip torch.compile, which needs a C++ compiler")
     args = parser.parse_args()
-    kappa = {"cfg": 2.9, "top_k": args.top_k, "top_p": 0.95}
+    sampling = {"cfg": 2.9, "top_k": args.top_k, "top_p": 0.95}
     with world() as here, torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         on_gpu = here.device.type == "cuda"
         models = dict(variants(args.network, Path(folder), here.device, not args.no_compile))
@@ -102,7 +102,9 @@ def main() -> None:
                     if on_gpu:
                         torch.cuda.reset_peak_memory_stats()
                     labels = family.labels(model, seeds)
-                    elapsed = seconds(lambda m=model, y=labels, s=seeds: family.sample(m, s, y, **kappa), here.device)
+                    elapsed = seconds(
+                        lambda m=model, y=labels, s=seeds: family.sample(m, s, y, **sampling), here.device
+                    )
                     peaks[name] = peak_gib(here.device)
                     if round >= 0:
                         times[name].append(elapsed)
@@ -111,7 +113,7 @@ def main() -> None:
                 ratio = statistics.median(a / b for a, b in zip(first, values))
                 rate = batch / statistics.median(values)
                 print(f"batch {batch:3d}  {name:24s}{rate:9.3f} images/s{ratio:7.2f}×{peaks[name]:8.1f} GiB peak")
-            share = drawing(models["float32"].config, batch, here.device, kappa) / statistics.median(first)
+            share = drawing(models["float32"].config, batch, here.device, sampling) / statistics.median(first)
             print(f"batch {batch:3d}  filtering and drawing: {share:.1%} of float32")
 
 

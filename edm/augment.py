@@ -1,6 +1,7 @@
 """Non-leaking augmentation (Karras et al. 2022, App. F.2): random geometry, and labels that tell the network of it."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,8 +72,29 @@ def draw(n: int, generator: torch.Generator) -> Draws:
 
 def apply(images: torch.Tensor, draws: Draws, p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The augmentation that the draws describe; see `augment`."""
-    d = Draws(*(value.cpu() for value in draws))  # a few numbers per image: only pixels are worth another device
-    height, width = images.shape[2:]
+    chosen = plan(draws, p, images.shape[2:])
+    return transform(images, chosen), chosen.labels.to(images.device)
+
+
+class Plan(NamedTuple):
+    """What to do with n images, a row each, on the CPU: it is a few numbers per image."""
+
+    xflip: torch.Tensor  # (n, 1, 1, 1) bool
+    yflip: torch.Tensor
+    to_source: torch.Tensor  # (n, 3, 3): sends an output pixel to where it comes from, in pixels from the centre
+    margins: torch.Tensor  # (n, 4) int64, pixels by which to reflect the borders: left, top, right, bottom
+    labels: torch.Tensor  # (n, 9) float32, what the network is given
+
+
+def plan(draws: Draws, p: float, size: Sequence[int]) -> Plan:
+    """From random numbers to transforms of images of that (height, width).
+
+    Margins are common to all images, and each image depends slightly on them: they are those of the whole step,
+    however it is divided.
+    """
+    d = Draws(*(value.cpu() for value in draws))
+    height, width = size
+    n = len(d.scale)
     xflip = d.xflip * (d.xflip_gate < 1e8 * p)  # EDM asks for these 1e8 times as often as for the rest
     yflip = d.yflip * (d.yflip_gate < p)
     scale = d.scale * (d.scale_gate < p)
@@ -81,10 +103,6 @@ def apply(images: torch.Tensor, draws: Draws, p: float) -> tuple[torch.Tensor, t
     aniso_angle = (2 * d.aniso_angle - 1) * math.pi * (d.aniso_angle_gate < 0.5)
     shift_x, shift_y = d.translate * (d.translate_gate < p)
 
-    images = torch.where(xflip.to(images.device) == 1, images.flip(3), images)
-    images = torch.where(yflip.to(images.device) == 1, images.flip(2), images)
-
-    # Where an output pixel comes from, in pixels from the image's centre.
     shrink = torch.exp2(-SCALE_STD * scale)
     stretch = torch.exp2(ANISO_STD * aniso)
     to_source = (
@@ -99,24 +117,33 @@ def apply(images: torch.Tensor, draws: Draws, p: float) -> tuple[torch.Tensor, t
         *(aniso * aniso_angle.cos(), aniso * aniso_angle.sin()),
         *(shift_x, shift_y),
     ]
-    return warp(images, to_source), torch.stack(labels, dim=1).to(images.device)
+    margins = torch.tensor(reflected(to_source, height, width)).expand(n, 4)
+    return Plan(xflip == 1, yflip == 1, to_source, margins, torch.stack(labels, dim=1))
 
 
-def warp(images: torch.Tensor, to_source: torch.Tensor) -> torch.Tensor:
-    """Resample images at the places that `to_source`, (N, 3, 3) on the CPU, sends their pixels to.
-
-    Images are reflected at their borders. How far is common to the batch, so each depends slightly on the others.
-    """
-    n, channels, height, width = images.shape
-
-    # Margins that hold every corner's source and the filters' reach.
+def reflected(to_source: torch.Tensor, height: int, width: int) -> tuple[int, ...]:
+    """Margins (left, top, right, bottom) that hold every corner's source in every image, and the filters' reach."""
     cx, cy = (width - 1) / 2, (height - 1) / 2
     corners = torch.tensor([[-cx, cx, cx, -cx], [-cy, -cy, cy, cy], [1, 1, 1, 1]])
     x, y, _ = (to_source @ corners).unbind(1)
     reach = torch.stack([-x, -y, x, y]).flatten(1).amax(1).tolist()
-    left, top, right, bottom = (
-        math.ceil(min(max(r + 2 * MARGIN - c, 0), 2 * c)) for r, c in zip(reach, [cx, cy, cx, cy])
-    )
+    return tuple(math.ceil(min(max(r + 2 * MARGIN - c, 0), 2 * c)) for r, c in zip(reach, [cx, cy, cx, cy]))
+
+
+def transform(images: torch.Tensor, chosen: Plan) -> torch.Tensor:
+    """Flip and warp images (N, C, H, W) as planned; all but the pixels stays on the CPU."""
+    images = torch.where(chosen.xflip.to(images.device), images.flip(3), images)
+    images = torch.where(chosen.yflip.to(images.device), images.flip(2), images)
+    return warp(images, chosen.to_source, chosen.margins[0].tolist())
+
+
+def warp(images: torch.Tensor, to_source: torch.Tensor, margins: Sequence[int]) -> torch.Tensor:
+    """Resample images at the places that `to_source`, (N, 3, 3) on the CPU, sends their pixels to.
+
+    Images are reflected at their borders by these margins.
+    """
+    n, channels, height, width = images.shape
+    left, top, right, bottom = margins
     images = F.pad(images, [left, right, top, bottom], mode="reflect")
     to_source = translation((left - right) / 2, (top - bottom) / 2) @ to_source
 

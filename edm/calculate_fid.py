@@ -2,8 +2,6 @@
 
 import argparse
 
-import torch
-
 from edm import family
 from neon import NeonError
 from neon.cli import command_line
@@ -24,17 +22,12 @@ def main() -> None:
     seeds = parse_seeds(args.seeds)
 
     def describe(model) -> str:
+        if args.class_idx is not None and not 0 <= args.class_idx < model.label_dim:
+            raise NeonError(f"--class {args.class_idx}: the network knows {model.label_dim} classes")
         kind = "conditional" if model.label_dim else "unconditional"
         return f"EDM {kind}, {args.num_steps} {args.solver} steps"
 
-    def labels(model) -> torch.Tensor | None:
-        if args.class_idx is None:
-            return None
-        if not 0 <= args.class_idx < model.label_dim:
-            raise NeonError(f"--class {args.class_idx}: the network knows {model.label_dim} classes")
-        return torch.full_like(seeds, args.class_idx)
-
-    calculate_fid(args, family, args.network_pkl, args.ref, seeds, args.max_batch_size, describe, labels)
+    calculate_fid(args, family, args.network_pkl, args.ref, seeds, args.max_batch_size, describe, args.class_idx)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """EDM as the method sees it (neon.family.Family)."""
 
-import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,47 +8,36 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from edm.augment import augment as augmented
-from edm.configs import NETWORKS as networks
-from edm.configs import RECIPES as recipes
-from edm.loss import edm_loss
+from edm.configs import NETWORKS, RECIPES
+from edm.loss import Draws, edm_loss
+from edm.loss import draw as draw_numbers
 from edm.network import EDMPrecond
 from edm.sampler import sample as edm_sample
 from edm.sampler import start
-from neon.family import check_images, named
+from neon import NeonError
+from neon.family import check_images, named, option
+from neon.precision import network
 from neon.sampling import from_uint8
-from neon.weights import network
-
-__all__ = [
-    "Sampling",
-    "check",
-    "create",
-    "is_buffer",
-    "labels",
-    "load",
-    "loss",
-    "metadata",
-    "networks",
-    "recipes",
-    "sample",
-]
+from neon.weights import network as recorded
 
 name = "edm"
+networks, recipes = NETWORKS, RECIPES
+released_precision, released_tf32 = "float32", False
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of the sampler (Karras et al. 2022, Algorithm 2); the defaults are the paper's for CIFAR-10."""
 
-    num_steps: int = 18
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    s_churn: float = 0.0
-    s_min: float = 0.0
-    s_max: float = math.inf
-    s_noise: float = 1.0
-    solver: Literal["heun", "euler"] = "heun"
+    num_steps: int = option(18, "noise levels from sigma_max to sigma_min")
+    sigma_min: float = option(0.002, "lowest noise level")
+    sigma_max: float = option(80.0, "highest noise level, where sampling starts")
+    rho: float = option(7.0, "larger: more of the levels are low")
+    s_churn: float = option(0.0, "how much noise is added and removed at each step; 0: none, a deterministic sampler")
+    s_min: float = option(0.0, "lowest level at which noise is added")
+    s_max: float = option(math.inf, "highest level at which noise is added")
+    s_noise: float = option(1.0, "standard deviation of the added noise")
+    solver: Literal["heun", "euler"] = option("heun", "heun: two network calls a step; euler: one")
 
 
 @dataclass(frozen=True)
@@ -63,8 +51,8 @@ def is_buffer(tensor_name: str) -> bool:
 
 def create(config: str, *, device: torch.device | str, **options) -> EDMPrecond:
     """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
-    net = network.build(EDMPrecond, {**named(networks, config, "EDM network"), **options})
-    return net.to(device, memory_format=torch.channels_last)
+    net = recorded.build(EDMPrecond, {**named(networks, config, "EDM network"), **options})
+    return net.to(device, memory_format=torch.channels_last).eval()
 
 
 def load(path: str | Path, *, device: torch.device | str, precision: str = "float32", **options) -> EDMPrecond:
@@ -73,8 +61,10 @@ def load(path: str | Path, *, device: torch.device | str, precision: str = "floa
     precision: 'float32' (the reference), 'float16' (on GPUs) or 'bfloat16', in which the U-Net computes.
     Raises NeonError if the file records no constructor arguments or its tensors do not fit them.
     """
-    net, _ = network.load(path, EDMPrecond, "EDM", device, **options)
-    net.dtype = getattr(torch, precision)
+    if network(precision) == "float16" and torch.device(device).type == "cpu":
+        raise NeonError("EDM's U-Net computes in float16 on GPUs only: choose --precision float32 or bfloat16")
+    net, _ = recorded.load(path, EDMPrecond, "EDM", device, **options)
+    net.dtype = getattr(torch, network(precision))
     return net.to(memory_format=torch.channels_last)
 
 
@@ -83,18 +73,17 @@ def weights(model: EDMPrecond) -> EDMPrecond:
 
 
 def metadata(model: EDMPrecond) -> dict[str, str]:
-    return network.metadata(model)
+    return recorded.metadata(model)
 
 
 def labels(model: EDMPrecond, seeds: torch.Tensor) -> torch.Tensor | None:
-    """As in EDM, each image draws its class from its own stream, after its latent."""
-    classes = start(model, seeds, device=next(model.parameters()).device)[1]
-    return None if classes is None else classes.cpu()
+    """As in EDM, each image draws its class from its own stream, after its latent; None if there are none."""
+    return start(model, seeds, device=next(model.parameters()).device)[1].cpu() if model.label_dim else None
 
 
-def sample(model: EDMPrecond, seeds: torch.Tensor, labels: torch.Tensor | None, **kappa) -> torch.Tensor:
-    """uint8 (N, C, R, R); kappa: fields of Sampling."""
-    return edm_sample(model, seeds, labels, next(model.parameters()).device, **kappa)
+def sample(model: EDMPrecond, seeds: torch.Tensor, labels: torch.Tensor | None, **sampling) -> torch.Tensor:
+    """uint8 (N, C, R, R); sampling: fields of Sampling."""
+    return edm_sample(model, seeds, labels, next(model.parameters()).device, **sampling)
 
 
 def check(model: EDMPrecond, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
@@ -103,14 +92,13 @@ def check(model: EDMPrecond, shape: tuple[int, ...], labels: torch.Tensor | None
     check_images(shape, labels, wanted, model.label_dim)
 
 
-def loss(
-    model: EDMPrecond,
-    images: torch.Tensor,
-    labels: torch.Tensor | None,
-    generator: torch.Generator,
-    augment: float = 0.0,
-) -> torch.Tensor:
-    """Sum over pixels, mean over images. augment: probability of each augmentation, 0 for none."""
+def draw(model: EDMPrecond, n: int, generator: torch.Generator, *, augment: float = 0.0, **_) -> Draws:
+    """Noise levels, augmentations and noise of a step. augment: probability of each augmentation, 0 for none."""
+    shape = (n, model.img_channels, model.img_resolution, model.img_resolution)
+    return draw_numbers(shape, generator, augment)
+
+
+def loss(model: EDMPrecond, images: torch.Tensor, labels: torch.Tensor | None, draws: Draws, **_) -> torch.Tensor:
+    """Sum over pixels, mean over images."""
     one_hot = F.one_hot(labels, model.label_dim).float() if model.label_dim else None
-    transform = functools.partial(augmented, p=augment) if augment else None
-    return edm_loss(model, from_uint8(images), one_hot, generator, transform).sum() / len(images)
+    return edm_loss(model, from_uint8(images), one_hot, draws).sum() / len(images)

@@ -1,30 +1,40 @@
 """EDM's denoising loss (Karras et al. 2022, Eq. 8 and Table 1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
+from edm.augment import Plan, plan, transform
+from edm.augment import draw as augment_draw
 
-def edm_loss(
-    net: Callable,
-    images: torch.Tensor,
-    labels: torch.Tensor | None,
-    generator: torch.Generator,
-    augment: Callable | None = None,
-    P_mean: float = -1.2,
-    P_std: float = 1.2,
-    sigma_data: float = 0.5,
-) -> torch.Tensor:
-    """Weighted squared error of every pixel, (N, C, H, W), at noise levels ln σ ~ N(P_mean, P_std²), one per image.
 
-    images: (N, C, H, W) in [-1, 1]; labels: (N, label_dim) one-hot or None. augment: (images, generator) →
-    (images, augmentation labels). Drawn, in this order: levels, augmentation, noise. EDM trains on the sum / N.
+class Draws(NamedTuple):
+    """The random numbers of a training step of N images."""
+
+    level: torch.Tensor  # (N, 1, 1, 1) standard normal
+    augment: Plan | None
+    noise: torch.Tensor  # (N, C, H, W) standard normal
+
+
+def draw(shape: Sequence[int], generator: torch.Generator, p: float = 0.0) -> Draws:
+    """Draws for images of that (N, C, H, W), in the order of the fields; p: probability of each augmentation."""
+    here = {"generator": generator, "device": generator.device}
+    level = torch.randn(shape[0], 1, 1, 1, **here)
+    augment = plan(augment_draw(shape[0], generator), p, shape[2:]) if p else None
+    return Draws(level, augment, torch.randn(*shape, **here))
+
+
+def edm_loss(net: Callable, images: torch.Tensor, labels: torch.Tensor | None, draws: Draws) -> torch.Tensor:
+    """Weighted squared error of every pixel, (N, C, H, W), at noise levels ln σ ~ N(-1.2, 1.2²), one per image.
+
+    images: (N, C, H, W) in [-1, 1]; labels: (N, label_dim) one-hot or None. EDM trains on the sum / N.
     """
-    level = torch.randn(len(images), 1, 1, 1, generator=generator, device=generator.device)
-    images, augment_labels = augment(images, generator) if augment else (images, None)
-    noise = torch.randn(images.shape, generator=generator, device=generator.device)
-    level, noise = level.to(images.device), noise.to(images.device)
-    return loss_map(net, images, labels, augment_labels, level, noise, P_mean, P_std, sigma_data)
+    level, chosen, noise = draws
+    augment_labels = None
+    if chosen:
+        images, augment_labels = transform(images, chosen), chosen.labels.to(images.device)
+    return loss_map(net, images, labels, augment_labels, level.to(images.device), noise.to(images.device))
 
 
 def loss_map(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neon import NeonError
+from neon.dropout import dropout
 
 # What the public checkpoints leave alone and this network does not vary.
 FIXED_OPTIONS = {
@@ -225,7 +226,7 @@ class UNetBlock(nn.Module):
         """x: (N, C, H, W); emb: (N or 1, emb_channels) float32. In place only on what no gradient needs again."""
         h = self.conv0(F.silu(self.norm0(x), inplace=True))
         h.add_(self.affine(emb).to(x.dtype)[:, :, None, None])
-        h = F.dropout(F.silu(self.norm1(h), inplace=True), self.dropout, self.training)
+        h = dropout(F.silu(self.norm1(h), inplace=True), self.dropout, self.training)
         h = self.conv1(h).add_(x if self.skip is None else self.skip(x)).mul_(math.sqrt(0.5))
         if self.norm2 is not None:
             h = (h + self.proj(self.attend(self.norm2(h)))).mul_(math.sqrt(0.5))

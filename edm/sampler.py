@@ -27,7 +27,7 @@ def sample(
     """
     latents, class_idx, streams = start(net, seeds, class_idx, device)
     class_labels = None if class_idx is None else F.one_hot(class_idx, net.label_dim)
-    return to_uint8(edm_sampler(net, latents, class_labels, streams, **options))
+    return to_uint8(edm_sampler(net, latents, class_labels, streams, **options), nearest=True)
 
 
 def start(

@@ -1,33 +1,33 @@
 """Flow matching as the method sees it (neon.family.Family)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from flow.configs import NETWORKS as networks
-from flow.configs import RECIPES as recipes
-from flow.loss import flow_loss
+from flow.configs import NETWORKS, RECIPES
+from flow.loss import Draws, flow_loss, mirror, nearest_pairs
 from flow.network import UNet
 from flow.sampler import flow_sampler
-from neon.family import check_images, named
-from neon.precision import autocast
+from neon.family import check_images, named, option
+from neon.precision import autocast, network
 from neon.sampling import from_uint8, start, to_uint8
-from neon.weights import network
-
-__all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
+from neon.weights import network as recorded
 
 name = "flow"
+networks, recipes = NETWORKS, RECIPES
+released_precision, released_tf32 = "float32", False
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of the solver; the defaults are those of the public checkpoints' evaluation."""
 
-    solver: Literal["dopri5", "heun", "euler"] = "dopri5"
-    num_steps: int = 100  # of heun and euler
-    tol: float = 1e-5  # of dopri5, relative and absolute
+    solver: Literal["dopri5", "heun", "euler"] = option("dopri5", "of the ODE from noise to image")
+    num_steps: int = option(100, "steps of heun and euler; dopri5 chooses its own")
+    tol: float = option(1e-5, "relative and absolute tolerance of dopri5")
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def is_buffer(tensor_name: str) -> bool:
 
 def create(config: str, *, device: torch.device | str, **options) -> UNet:
     """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
-    net = network.build(UNet, {**named(networks, config, "flow network"), **options})
-    return net.to(device, memory_format=torch.channels_last)
+    net = recorded.build(UNet, {**named(networks, config, "flow network"), **options})
+    return net.to(device, memory_format=torch.channels_last).eval()
 
 
 def load(path: str | Path, *, device: torch.device | str, precision: str = "float32", **options) -> UNet:
@@ -51,7 +51,7 @@ def load(path: str | Path, *, device: torch.device | str, precision: str = "floa
     precision: of the autocast in which sampling runs. options override the constructor's. Raises NeonError if the file
     is of no such network.
     """
-    net, _ = network.load(path, UNet, "flow", device, networks["cifar10"], **options)
+    net, _ = recorded.load(path, UNet, "flow", device, networks["cifar10"], **options)
     net.precision = precision
     return net.to(memory_format=torch.channels_last)
 
@@ -61,25 +61,26 @@ def weights(model: UNet) -> UNet:
 
 
 def metadata(model: UNet) -> dict[str, str]:
-    return network.metadata(model)
+    return recorded.metadata(model)
 
 
 def labels(model: UNet, seeds: torch.Tensor) -> torch.Tensor | None:
     """Each image draws its class from its own stream, after its noise; None for an unconditional network."""
-    classes = start(seeds, model.dim, model.num_classes, device=_device(model))[1]
-    return None if classes is None else classes.cpu()
+    if not model.num_classes:
+        return None
+    return start(seeds, model.dim, model.num_classes, device=_device(model))[1].cpu()
 
 
-def sample(model: UNet, seeds: torch.Tensor, labels: torch.Tensor | None, **kappa) -> torch.Tensor:
-    """uint8 (N, C, H, W); kappa: fields of Sampling. The state is float64, the network computes in its precision."""
+def sample(model: UNet, seeds: torch.Tensor, labels: torch.Tensor | None, **sampling) -> torch.Tensor:
+    """uint8 (N, C, H, W); sampling: fields of Sampling. The state is float64, the network computes in its precision."""
     device = _device(model)
     noise, labels, _ = start(seeds, model.dim, model.num_classes, labels, device)
 
     def velocity(x, t, labels):
-        with autocast(device, model.precision):
+        with autocast(device, network(model.precision)):
             return model(x.float(), t, labels).double()
 
-    return to_uint8(flow_sampler(velocity, noise.double(), labels, **kappa))
+    return to_uint8(flow_sampler(velocity, noise.double(), labels, **sampling), nearest=True)
 
 
 def check(model: UNet, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
@@ -87,19 +88,31 @@ def check(model: UNet, shape: tuple[int, ...], labels: torch.Tensor | None) -> N
     check_images(shape, labels, model.dim, model.num_classes)
 
 
-def loss(
+def draw(
     model: UNet,
-    images: torch.Tensor,
-    labels: torch.Tensor | None,
+    n: int,
     generator: torch.Generator,
+    *,
+    images: Callable[[], torch.Tensor],
     coupling: str = "independent",
     flip: bool = False,
-) -> torch.Tensor:
-    """Mean over pixels and images. coupling: see `flow_loss`. flip: mirror every other image, at random."""
-    if flip:
-        mirrored = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
-        images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
-    return flow_loss(model, from_uint8(images), labels if model.num_classes else None, generator, coupling).mean()
+) -> Draws:
+    """Mirrorings, noise and times of a step, drawn in this order. flip: mirror every other image, at random.
+
+    coupling: 'independent', or 'ot': the step's images and noise are paired at the least sum of squared distances.
+    """
+    here = {"generator": generator, "device": generator.device}
+    mirrored = torch.rand(n, **here) < 0.5 if flip else None
+    noise, t = torch.randn(n, *model.dim, **here), torch.rand(n, **here)
+    if coupling == "ot":
+        noise = noise[nearest_pairs(from_uint8(mirror(images().to(noise.device), mirrored)), noise)]
+    return Draws(mirrored, noise, t)
+
+
+def loss(model: UNet, images: torch.Tensor, labels: torch.Tensor | None, draws: Draws, **_) -> torch.Tensor:
+    """Mean over pixels and images."""
+    x, noise, t = (v.to(images.device) for v in (from_uint8(mirror(images, draws.mirrored)), draws.noise, draws.t))
+    return flow_loss(model, x, labels if model.num_classes else None, noise, t).mean()
 
 
 def _device(model: UNet) -> torch.device:

@@ -1,29 +1,36 @@
 """The flow matching loss: regress the velocity of straight lines from noise to data."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
 
 
+class Draws(NamedTuple):
+    """The random numbers of a training step of N images."""
+
+    mirrored: torch.Tensor | None  # (N,) bool
+    noise: torch.Tensor  # (N, C, H, W) standard normal
+    t: torch.Tensor  # (N,) uniform in [0, 1)
+
+
 def flow_loss(
-    velocity: Callable,
-    images: torch.Tensor,
-    labels: torch.Tensor | None,
-    generator: torch.Generator,
-    coupling: str = "independent",
+    velocity: Callable, images: torch.Tensor, labels: torch.Tensor | None, noise: torch.Tensor, t: torch.Tensor
 ) -> torch.Tensor:
     """Squared error of the velocity, (N, C, H, W), at x_t = (1 - t) noise + t image (Tong et al. 2024, Eq. 14, σ = 0).
 
-    velocity(x, t, labels); images: (N, C, H, W) in [-1, 1]. coupling: 'independent', or 'ot', which pairs the batch's
-    images with its noise at the least sum of squared distances. Drawn, in this order: noise, times.
+    velocity(x, t, labels); images: (N, C, H, W) in [-1, 1].
     """
-    noise = torch.randn(images.shape, generator=generator, device=generator.device).to(images.device)
-    t = torch.rand(len(images), generator=generator, device=generator.device).to(images.device)
-    if coupling == "ot":
-        noise = noise[nearest_pairs(images, noise)]
     along = t[:, None, None, None]
     return (velocity(noise + along * (images - noise), t, labels) - (images - noise)) ** 2
+
+
+def mirror(images: torch.Tensor, mirrored: torch.Tensor | None) -> torch.Tensor:
+    """The images (N, C, H, W), some of them flipped left to right; mirrored: (N,) bool."""
+    if mirrored is None:
+        return images
+    return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
 
 
 def nearest_pairs(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from neon.dropout import Dropout
+
 
 class UNet(nn.Module):
     """v(x, t). Each level of the encoder halves the resolution; the decoder mirrors it with one block more per level.
@@ -105,7 +107,7 @@ class ResBlock(nn.Module):
         conv = zero(nn.Conv2d(cout, cout, 3, padding=1))
         self.in_layers = nn.Sequential(group_norm(cin), nn.SiLU(), nn.Conv2d(cin, cout, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, cout))
-        self.out_layers = nn.Sequential(group_norm(cout), nn.SiLU(), nn.Dropout(dropout), conv)
+        self.out_layers = nn.Sequential(group_norm(cout), nn.SiLU(), Dropout(dropout), conv)
         self.skip_connection = nn.Identity() if cin == cout else nn.Conv2d(cin, cout, 1)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from neon import NeonError
+from neon import Diverged, NeonError
 
 # The pair of orders 5 and 4 of Dormand and Prince (1980): times of the stages after the first, what each adds of the
 # slopes before it (the last stage is the solution of order 5), and by which sum of slopes the two orders differ.
@@ -69,7 +69,7 @@ def dopri5(velocity: Velocity, x: torch.Tensor, labels: torch.Tensor | None, tol
     rejected = torch.zeros_like(t, dtype=torch.bool)
     while len(x):
         if not (step > SMALLEST_STEP).all():
-            raise NeonError("dopri5: the velocity is not finite or changes too fast; is w too large?")
+            raise Diverged("dopri5: the velocity is not finite or changes too fast; is w too large?")
         last = step >= 1 - t
         step = torch.where(last, 1 - t, step)
         slopes = [slope]

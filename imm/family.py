@@ -2,45 +2,45 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from imm import loss as loss_numbers
 from imm.autoencoder import StableDiffusionVAE, find_vae
-from imm.configs import NETWORKS as networks
-from imm.configs import RECIPES as recipes
-from imm.latents import decode, encode, sample_posterior, to_uint8
-from imm.loss import draw, moment_matching_loss
+from imm.configs import NETWORKS, RECIPES
+from imm.latents import decode, encode, sample_posterior
 from imm.network import IMMPrecond
 from imm.sampler import sample as sample_net
 from neon import NeonError
-from neon.family import check_images, named
-from neon.precision import autocast
-from neon.sampling import Streams, from_uint8
-from neon.weights import network
+from neon.family import check_images, named, option
+from neon.precision import autocast, decoder, network
+from neon.sampling import Streams, from_uint8, to_uint8
+from neon.weights import network as recorded
 from neon.weights.checkpoint import values_sha256
 
-__all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
-
 name = "imm"
+networks, recipes = NETWORKS, RECIPES
+# The released code samples under float16 autocast, which its network turns off; the VAE alone feels it.
+released_precision, released_tf32 = "float32+float16", True
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of the pushforward sampler; the defaults are those of the released model's evaluation."""
 
-    num_steps: int = 8
-    cfg_scale: float = 1.8  # guidance; 1 is none
-    schedule: Literal["uniform", "edm"] = "uniform"
+    num_steps: int = option(8, "jumps from noise to data")
+    cfg_scale: float = option(1.8, "guidance scale; 1 is none")
+    schedule: Literal["uniform", "edm"] = option("uniform", "times of the jumps: uniform, or in EDM's noise levels")
 
 
 @dataclass(frozen=True)
 class Loading:
     """What load and create need beside the checkpoint."""
 
-    vae: str = ""  # folder or hub id of the VAE; default: see find_vae
+    vae: str = option("", "folder or hub id of the VAE (default: looked for near the checkpoint)")
 
 
 class IMM(nn.Module):
@@ -63,7 +63,7 @@ def is_buffer(tensor_name: str) -> bool:
 
 def create(config: str, *, device: torch.device | str, vae: str = "", **options) -> IMM:
     """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
-    net = network.build(IMMPrecond, {**named(networks, config, "IMM network"), **options})
+    net = recorded.build(IMMPrecond, {**named(networks, config, "IMM network"), **options})
     return IMM(net, _vae_of(net, find_vae(vae))).to(device)
 
 
@@ -73,7 +73,7 @@ def load(path: str | Path, *, device: torch.device | str, precision: str = "floa
     precision: of the autocast in which sampling and decoding run. vae: folder or hub id, see find_vae. Raises NeonError
     if the file is of no IMM, if its tensors do not fit, or if the VAE is missing or another than the recorded one.
     """
-    net, known = network.load(path, IMMPrecond, "IMM", device, **options)
+    net, known = recorded.load(path, IMMPrecond, "IMM", device, **options)
     model = IMM(net, _vae_of(net, find_vae(vae, path)), precision).to(device)
     if model.vae and "vae_sha256" in known and known["vae_sha256"] != values_sha256(model.vae):
         raise NeonError(f"{model.vae.source}: not the VAE that {path} was trained with, which was {known['vae']}")
@@ -91,7 +91,7 @@ def weights(model: IMM) -> IMMPrecond:
 
 def metadata(model: IMM) -> dict[str, str]:
     vae = {"vae": model.vae.source, "vae_sha256": values_sha256(model.vae)} if model.vae else {}
-    return network.metadata(model.net) | vae
+    return recorded.metadata(model.net) | vae
 
 
 def labels(model: IMM, seeds: torch.Tensor) -> torch.Tensor | None:
@@ -106,8 +106,9 @@ def sample(
     """uint8 (N, C, H, W); options: fields of Sampling."""
     device = model.net.model.pos_embed.device
     guidance = None if labels is None or cfg_scale == 1 else cfg_scale
-    with autocast(device, model.precision):
+    with autocast(device, network(model.precision)):
         x = sample_net(model.net, Streams(seeds, device), labels, steps=num_steps, cfg=guidance, kind=schedule)
+    with autocast(device, decoder(model.precision)):
         return decode(model.vae, x) if model.vae else to_uint8(2 * x)
 
 
@@ -118,20 +119,31 @@ def check(model: IMM, shape: tuple[int, ...], labels: torch.Tensor | None) -> No
     check_images(shape, labels, (3 if model.vae else net.img_channels, side, side), net.label_dim)
 
 
-def loss(
-    model: IMM, images: torch.Tensor, labels: torch.Tensor | None, generator: torch.Generator, **options
-) -> torch.Tensor:
+class Draws(NamedTuple):
+    """The random numbers of a training step of N images."""
+
+    latent: torch.Tensor | None  # (N, 4, h, w) standard normal: which latent of its posterior an image gets
+    matching: loss_numbers.Draws
+
+
+def draw(model: IMM, n: int, generator: torch.Generator, **_) -> Draws:
+    """Random numbers of a step, in the order of the fields. Raises NeonError unless n is a multiple of four."""
+    net, here = model.net, {"generator": generator, "device": generator.device}
+    shape = (n, net.img_channels, net.img_resolution, net.img_resolution)
+    latent = torch.randn(shape, **here) if model.vae else None
+    return Draws(latent, loss_numbers.draw(shape, generator))
+
+
+def loss(model: IMM, images: torch.Tensor, labels: torch.Tensor | None, draws: Draws, **options) -> torch.Tensor:
     """Mean over groups of the moment-matching loss; options are those of moment_matching_loss.
 
     Every visit of an image draws another latent from its posterior. Pixels are trained on at half their range,
-    which has about the standard deviation sigma_data. Raises NeonError unless the batch is a multiple of four.
+    which has about the standard deviation sigma_data. Raises NeonError unless the images are whole groups of four.
     """
     net = model.net
     if model.vae:
-        moments = encode(model.vae, images)
-        noise = torch.randn(moments[:, :4].shape, generator=generator, device=generator.device)
-        x = sample_posterior(moments, noise.to(moments.device))
+        x = sample_posterior(encode(model.vae, images), draws.latent.to(images.device))
     else:
         x = from_uint8(images) / 2
     rows = F.one_hot(labels, net.label_dim).float() if net.label_dim else x.new_zeros(len(x), 0)
-    return moment_matching_loss(net, x, rows, draw(x, generator), **options).mean()
+    return loss_numbers.moment_matching_loss(net, x, rows, draws.matching, **options).mean()

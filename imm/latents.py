@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from neon import NeonError
+from neon.sampling import from_uint8, to_uint8
 
 # Statistics of ImageNet-256 under sd-vae-ft-ema, as the released models were configured; normalised to std 0.5.
 MEAN = torch.tensor([0.86488, -0.27787343, 0.21616915, 0.3738409])
@@ -31,7 +32,7 @@ def encode(vae: VAE, images: torch.Tensor) -> torch.Tensor:
     """uint8 (N, 3, H, W) → the posterior's [mean, std], (N, 8, H/8, W/8) float32, not normalised."""
     if images.shape[1] != 3:
         raise NeonError(f"the VAE encodes images of 3 channels, not {images.shape[1]}")
-    pixels = (images.float() / 127.5 - 1).to(vae.dtype)
+    pixels = from_uint8(images).to(vae.dtype)
     return torch.cat([torch.cat(vae.encode(part), dim=1).float() for part in pixels.split(BATCH)])
 
 
@@ -50,8 +51,3 @@ def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
         raise NeonError(f"the VAE decodes latents of 4 channels, not {latents.shape[1]}")
     raw = ((latents.float() - BIAS.to(latents.device)) / SCALE.to(latents.device)).to(vae.dtype)
     return torch.cat([to_uint8(vae.decode(part)) for part in raw.split(BATCH)])
-
-
-def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] → 0 .. 255: clamped, then truncated as the original does."""
-    return ((0.5 * pixels.float() + 0.5).clamp(0, 1) * 255).to(torch.uint8)

@@ -4,6 +4,7 @@ A jump from x_t to s should land where the jump from a slightly less noisy x_r l
 distribution, measured by a kernel (MMD) over groups of M images that share their times s <= r <= t.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,20 +25,24 @@ class Draws(NamedTuple):
     noise: torch.Tensor  # (B, C, H, W) float32, standard normal
 
 
-def draw(images: torch.Tensor, generator: torch.Generator) -> Draws:
-    """Draws for a batch (B, C, H, W): made on the generator's device in the order of the fields, then moved to images.
+def check_groups(n: int) -> None:
+    """Raises NeonError unless n images, of a step or of a forward pass, are whole groups."""
+    if n % M:
+        raise NeonError(f"IMM's loss compares groups of {M} images; {n} images are not a multiple of it")
 
-    A CPU generator thus gives the same numbers on every device. Raises NeonError unless B is a multiple of M.
+
+def draw(shape: Sequence[int], generator: torch.Generator) -> Draws:
+    """Draws for a batch (B, C, H, W), on the generator's device, in the order of the fields.
+
+    Raises NeonError unless B is a multiple of M.
     """
-    if len(images) % M:
-        raise NeonError(f"IMM's loss compares groups of {M} images; the batch holds {len(images)}")
+    check_groups(shape[0])
     here = {"generator": generator, "device": generator.device}
-    groups = (len(images) // M, 1, 1, 1)
+    groups = (shape[0] // M, 1, 1, 1)
     u_t = torch.rand(groups, dtype=torch.float64, **here)
     u_s = torch.rand(groups, dtype=torch.float64, **here)
-    gate = torch.rand(len(images), dtype=torch.float32, **here)
-    noise = torch.randn(images.shape, dtype=torch.float32, **here)
-    return Draws(*(d.to(images.device) for d in (u_t, u_s, gate, noise)))
+    gate = torch.rand(shape[0], dtype=torch.float32, **here)
+    return Draws(u_t, u_s, gate, torch.randn(shape, dtype=torch.float32, **here))
 
 
 def group_times(
@@ -97,6 +102,8 @@ def moment_matching_loss(
     g is images[M g : M g + M]. Only the jump from t has a gradient, and runs in the caller's autocast.
     A NaN loss (overflow in float16) counts as 0, but its gradient stays NaN: a gradient scaler skips that step.
     """
+    check_groups(len(images))
+    draws = Draws(*(d.to(images.device) for d in draws))
     t, r, s = group_times(net, draws.u_t, draws.u_s, k, min_gap)
     t_, r_, s_ = (time.repeat_interleave(M, dim=0) for time in (t, r, s))
     noise = net.sigma_data * draws.noise

@@ -8,4 +8,8 @@ __version__ = "0.1.0"
 
 
 class NeonError(Exception):
-    """Something the user can mend: bad input, a missing file, a mismatch. The text is one line."""
+    """Something the user can fix: bad input, a missing file, a mismatch. The text is one line."""
+
+
+class Diverged(NeonError):
+    """A model whose images or features are not finite, say a merge with too large a w."""

@@ -12,7 +12,7 @@ import json
 import operator
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -211,12 +211,16 @@ ORDERS = {"window": window_order, "epoch": epoch_order}
 
 def batches(
     data: ImageSet, order: Iterator[int], batch: int, rank: int = 0, world: int = 1
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """This rank's part of each global batch: (uint8 images, labels), read one step ahead in a thread."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, Callable[[], torch.Tensor]]]:
+    """This rank's part of each step, batch / world images in a row: (uint8 images, labels), read one step ahead in a
+    thread; and a function that reads the images of the whole step."""
+    share = batch // world
 
     def read():
-        indices = list(itertools.islice(order, batch))[rank::world]
-        return data.images(indices), None if data.labels is None else data.labels[indices]
+        step = list(itertools.islice(order, batch))
+        own = step[rank * share : (rank + 1) * share]
+        labels = None if data.labels is None else data.labels[own]
+        return data.images(own), labels, lambda: data.images(step)
 
     with ThreadPoolExecutor(1) as ahead:
         pending = ahead.submit(read)

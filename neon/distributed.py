@@ -13,11 +13,16 @@ from neon import NeonError
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all: its rank, their number, its device."""
+    """This process's place among all: its rank, their number, its device, and how exact float32 products are there."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tf32: bool = False
+
+    def identity(self) -> dict[str, object]:
+        """What decides numbers here: CPUs and GPUs have other random streams, TensorFloat-32 has fewer digits."""
+        return {"device": self.device.type, "tf32": self.tf32}
 
     def gather(self, value) -> list:
         """`value` of every rank, in rank order, on every rank. Any picklable object; tensors should be on the CPU."""
@@ -60,10 +65,9 @@ def world(device: str | None = None, tf32: bool = False) -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be alone.
 
     device: 'cuda', 'cpu' or None for the GPU of this local rank if there is one. tf32: allow TensorFloat-32 in float32
-    products and convolutions; PyTorch allows it in convolutions by default, which moves results by about 1e-3.
+    products and convolutions on a GPU; PyTorch allows it in convolutions by default, which moves results by about 1e-3.
     Raises NeonError if there is no GPU for this process.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -72,13 +76,15 @@ def world(device: str | None = None, tf32: bool = False) -> Iterator[World]:
             raise NeonError(f"{gpus} GPUs here, too few for process {place}: start fewer or choose --device cpu")
         device = f"cuda:{place}"
         torch.cuda.set_device(device)
-    if torch.device(device).type == "cpu":
+    tf32 = tf32 and device != "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if device == "cpu":
         torch.set_flush_denormal(True)  # zero-initialised layers make denormals, which are several times slower
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
-        yield World(rank(), size, torch.device(device))
+        yield World(rank(), size, torch.device(device), tf32)
         if size > 1:
             dist.barrier()
     finally:

@@ -1,9 +1,9 @@
 """What the method needs to know of a model family, and how it finds one."""
 
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -19,6 +19,10 @@ FAMILIES = {
 }
 
 
+# Random numbers of a training step: a tensor whose rows belong to its images, a (named) tuple of such, or None.
+Draws = torch.Tensor | tuple | None
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained: a base from nothing, or θ_s from θ_r. Every count is in images, not steps."""
@@ -28,7 +32,7 @@ class Recipe:
     budget: int  # images in all (B)
     snapshot: int  # images between snapshots
     ramp: int = 0  # lr rises linearly from 0 over so many images; the first step has lr 0
-    anneal: Literal["none", "linear", "cosine"] = "none"  # then falls to 0 at the budget
+    anneal: Literal["none", "linear"] = "none"  # then falls to 0 at the budget
     optimizer: Literal["adam", "adamw"] = "adam"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -37,7 +41,8 @@ class Recipe:
     ema_decay: float | None = None  # per step; at most one of the two is set
     clip: float | None = None  # global gradient norm
     clean_grads: bool = False  # NaN → 0, ±inf → ±1e5 before the step
-    precision: Literal["float32", "float16", "bfloat16"] = "float32"  # autocast
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"  # autocast; on CPUs the command takes float32
+    tf32: bool = False  # allow TensorFloat-32 in float32 products
     order: Literal["window", "epoch"] = "epoch"  # how images are shuffled (neon.data)
     network: Mapping[str, object] = field(default_factory=dict)  # constructor options changed
     loss: Mapping[str, object] = field(default_factory=dict)  # options of the family's loss
@@ -48,8 +53,6 @@ class Recipe:
         left = 1 - max(images - self.ramp, 0) / max(self.budget - self.ramp, 1)
         if self.anneal == "linear":
             lr *= left
-        elif self.anneal == "cosine":
-            lr *= 0.5 - 0.5 * math.cos(math.pi * left)
         return lr
 
     def ema_beta(self) -> float | None:
@@ -58,41 +61,90 @@ class Recipe:
 
 
 class Family(Protocol):
-    """A module such as edm.family. Images: uint8 (N, C, H, W); labels: int64 (N,), or None for unconditional models."""
+    """All that `neon` asks of a family: a module such as edm.family.
+
+    Images are uint8 (N, C, H, W), on any device. labels: int64 (N,), or None for unconditional models. seeds: int64
+    (N,), on the CPU. tests/test_family.py holds every family to this.
+    """
 
     name: str
-    networks: Mapping[str, Mapping[str, object]]  # named constructor options
+    networks: Mapping[str, object]  # named constructor options
     recipes: Mapping[str, Recipe]
-    Sampling: type  # frozen dataclass of the sampling options κ; its fields are the command-line options
-    Loading: type  # frozen dataclass: options of load and create that name further files, also on the command line
-    is_buffer: Callable[[str], bool]  # names in a state dict that are never merged
+    Sampling: type  # frozen dataclass, the options of the sampler; fields with help texts, also on the command line
+    Loading: type  # frozen dataclass, options of load and create that name further files, also on the command line
+    released_precision: str  # in which the released code evaluates on a GPU; see neon.precision
+    released_tf32: bool  # and whether it allows TensorFloat-32
 
-    def create(self, config: str, *, device, **options) -> torch.nn.Module:
-        """A new network from a named configuration, initialised from the global generator."""
+    def is_buffer(self, tensor_name: str) -> bool:
+        """Whether the tensor of that name in a state dict is no weight, so that merges take it from the base."""
 
-    def load(self, path, *, device, **options) -> torch.nn.Module:
-        """A network from an original or own checkpoint, in eval mode; options override its constructor's."""
+    def create(self, config: str, *, device: torch.device | str, **options) -> torch.nn.Module:
+        """A new model from a named configuration, initialised from the global generator, in eval mode.
+
+        options: fields of Loading, and changes to the configuration. Raises NeonError.
+        """
+
+    def load(
+        self, path: str | Path, *, device: torch.device | str, precision: str = "float32", **options
+    ) -> torch.nn.Module:
+        """A model from an original checkpoint or one of ours, in eval mode.
+
+        precision: in which `sample` computes. options: fields of Loading, and changes to the recorded configuration.
+        The model's `compile()` compiles what `sample` runs. Raises NeonError.
+        """
 
     def weights(self, model: torch.nn.Module) -> torch.nn.Module:
         """The part of the model that is trained, merged and stored."""
 
     def metadata(self, model: torch.nn.Module) -> dict[str, str]:
-        """What load needs beside the weights, for the header of a .safetensors file.
+        """What load needs besides the weights, for the header of a .safetensors file.
 
         'vae_sha256': neon.weights.checkpoint.values_sha256 of the autoencoder, if the model decodes with one.
         """
 
     def labels(self, model: torch.nn.Module, seeds: torch.Tensor) -> torch.Tensor | None:
-        """The labels of the images named by seeds, if the user gives none."""
+        """The classes that the images named by seeds have if the user names none; each depends on its seed only."""
 
-    def sample(self, model, seeds: torch.Tensor, labels: torch.Tensor | None, **kappa) -> torch.Tensor:
-        """One image per seed, on the model's device; image i depends on seeds[i], labels[i] and kappa only."""
+    def sample(
+        self, model: torch.nn.Module, seeds: torch.Tensor, labels: torch.Tensor | None, **sampling
+    ) -> torch.Tensor:
+        """One image per seed, on the model's device; image i depends on seeds[i], labels[i] and sampling only.
+
+        sampling: all fields of Sampling. Raises NeonError for impossible ones, Diverged if an image is not finite.
+        """
 
     def check(self, model: torch.nn.Module, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
         """Raise NeonError if the model cannot be trained on images of that (C, H, W) and labels."""
 
-    def loss(self, model, images, labels, generator: torch.Generator, **options) -> torch.Tensor:
-        """Mean training loss of a batch, a scalar; all randomness but dropout's from `generator`."""
+    def draw(
+        self,
+        model: torch.nn.Module,
+        n: int,
+        generator: torch.Generator,
+        *,
+        images: Callable[[], torch.Tensor],
+        **options,
+    ) -> Draws:
+        """All random numbers but dropout's of a training step of n images, on the generator's device or the CPU.
+
+        images(): the n images, for a loss that pairs them with its noise. options: Recipe.loss.
+        """
+
+    def loss(
+        self, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None, draws: Draws, **options
+    ) -> torch.Tensor:
+        """Mean training loss of some images of a step, a scalar. draws: their rows of `draw`. options: Recipe.loss."""
+
+
+def rows_of(draws: Draws, start: int, stop: int, n: int) -> Draws:
+    """The rows of images start … stop − 1 of a step of n. A tensor with n / m rows has one for every m images."""
+    if draws is None:
+        return None
+    if isinstance(draws, tuple):
+        parts = (rows_of(part, start, stop, n) for part in draws)
+        return type(draws)(*parts) if hasattr(draws, "_fields") else tuple(parts)
+    shared_by = n // len(draws)
+    return draws[start // shared_by : stop // shared_by]
 
 
 def get_family(name: str) -> Family:
@@ -113,6 +165,11 @@ def check_images(shape: tuple[int, ...], labels: torch.Tensor | None, wanted: tu
         raise NeonError("the network is trained on labelled images; the set has no labels")
     if classes and not 0 <= labels.min() <= labels.max() < classes:
         raise NeonError(f"labels must lie in 0…{classes - 1}, the set has {labels.min()}…{labels.max()}")
+
+
+def option(default, help: str):
+    """A field of Sampling or Loading, with the text that the command line shows."""
+    return field(default=default, metadata={"help": help})
 
 
 def named(table: Mapping[str, object], name: str, what: str):

@@ -1,6 +1,7 @@
 """The synthetic set S: a model's samples as an image set on disk (EDM's convention), resumable."""
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from neon.sampling import shard
 
 @torch.no_grad()
 def generate(
-    sample,
+    sample: Callable[[torch.Tensor], torch.Tensor],
     seeds: torch.Tensor,
-    labels: torch.Tensor | None,
+    labels: Callable[[torch.Tensor], torch.Tensor | None],
     out: str | Path,
     *,
     identity: dict,
@@ -27,10 +28,10 @@ def generate(
 ) -> None:
     """Write one PNG per seed, named by the seed, to `out`, and dataset.json when all are there.
 
-    sample: (seeds (b,), labels (b,) or None) → uint8 (b, C, H, W). identity: JSON values that tell this set from any
-    other (checkpoint, sampling options), kept in generate.json. Images that are there are kept, so an interrupted run
-    goes on; the files are the same for any batch size and number of processes. replace: delete another set
-    that is there. Raises NeonError if the folder holds anything else, or if seeds repeat.
+    sample: seeds (b,) → uint8 (b, C, H, W); labels: seeds (b,) → (b,) int64 or None. identity: JSON values that tell
+    this set from any other (checkpoint, sampling options), kept in generate.json. Images that are there are kept, so an
+    interrupted run resumes; the files are the same for any batch size and number of processes. replace: delete another
+    set that is there. Raises NeonError if the folder holds anything else, or if seeds repeat; Diverged.
     """
     if len(seeds.unique()) < len(seeds):
         raise NeonError("a seed that is given twice would be one image: every seed once")
@@ -62,11 +63,16 @@ def generate(
     ):
         for part in shard(len(todo), world.rank, world.size, batch):
             chosen = todo[part]
-            images = sample(seeds[chosen], None if labels is None else labels[chosen]).cpu()
+            images = sample(seeds[chosen]).cpu()
             list(pool.map(write, [names[i] for i in chosen], images))
             bar.update(len(chosen) * world.size)
     world.barrier()
     if world.rank == 0:
         with atomic(out / "dataset.json") as partial:
-            pairs = None if labels is None else [list(pair) for pair in zip(names, labels.tolist())]
+            found = [labels(part) for part in seeds.split(batch)]
+            pairs = (
+                None
+                if any(part is None for part in found)
+                else [list(pair) for pair in zip(names, torch.cat(found).tolist())]
+            )
             partial.write_text(json.dumps({"labels": pairs}))

@@ -1,6 +1,18 @@
-"""The precision in which networks compute."""
+"""The precision in which networks compute: 'float32', 'float16' or 'bfloat16', or two of them, 'NETWORK+DECODER'."""
 
 import torch
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def network(precision: str) -> str:
+    """'float32+float16' → 'float32', of the network that is trained; 'float16' → 'float16'."""
+    return precision.partition("+")[0]
+
+
+def decoder(precision: str) -> str:
+    """'float32+float16' → 'float16', of what makes pixels of its latents; 'float16' → 'float16'."""
+    return precision.rpartition("+")[2]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -11,7 +11,7 @@ from neon.measure.candidates import Point
 
 
 def final_points(searched: Sequence[Mapping], options: Sequence[str]) -> dict[str, Point]:
-    """The three points to compare on fresh images: base (at its own best κ), self-trained (w = −1), and the best found.
+    """The three points to compare on fresh images: base (at its own best options), self-trained (w = −1), and the best.
 
     searched: rows of a finished search; options: names of the family's sampling options. Raises NeonError if the rows
     were not measured alike, or if no self-trained model is among them.
@@ -48,18 +48,18 @@ def grid(
     score: Callable[[Point], float],
     snapshots: Sequence[str | Path],
     weights: Sequence[float],
-    kappas: Mapping[str, Sequence],
+    grids: Mapping[str, Sequence],
     stop: float | None = None,
 ) -> Iterator[tuple[Point, float]]:
-    """Score every (snapshot, κ) row over w in the given order.
+    """Score every (snapshot, sampling options) row over w in the given order.
 
     stop: end a row when its score rises by more than this over its best, as the original scripts do (0.02 to 0.03 for
     FID); None scores the whole grid. w = 0 is the same point for all snapshots.
     """
-    for snapshot, values in product(snapshots, product(*kappas.values())):
+    for snapshot, values in product(snapshots, product(*grids.values())):
         best = float("inf")
         for w in weights:
-            point = Point(str(snapshot) if w else None, w, tuple(zip(kappas, values)))
+            point = Point(str(snapshot) if w else None, w, tuple(zip(grids, values)))
             value = score(point)
             yield point, value
             if stop is not None and value > best + stop:

@@ -1,7 +1,8 @@
 """The training loop: θ_r → θ_s on the model's own samples, and, at mini scale, a base from nothing.
 
-What a step does depends on its number alone (learning rate, images, random numbers), so a run that was killed goes on
-from its last saved state to the same weights as one that was not.
+What a step does depends on its number alone (learning rate, images, random numbers). So a run that was killed resumes
+from its last saved state and ends with the same weights as one that was not. Micro-batches and processes divide a step;
+they change its result by the order of floating-point sums only.
 """
 
 import json
@@ -15,7 +16,8 @@ import torch
 from neon import NeonError
 from neon.data import ORDERS, ImageSet, batches
 from neon.distributed import World
-from neon.family import Family, Recipe
+from neon.dropout import masks_of
+from neon.family import Family, Recipe, rows_of
 from neon.files import discard, progress
 from neon.precision import autocast
 from neon.weights.checkpoint import open_weights, save_safetensors
@@ -50,9 +52,9 @@ def train(
     """Train `model` on `data` for recipe.budget images and return the paths of the snapshots.
 
     Written to `out`: snapshot-<images>.safetensors, the weights that are sampled from and merged (the moving average if
-    the recipe has one, else the raw weights), raw-<images>.safetensors beside an average, log.jsonl, and
-    state.safetensors, from which an interrupted run goes on; before the first step and after the last it holds no
-    tensors, only the run's identity: recipe, seed, world size, data size and `origin` (say, the sha256 of the base).
+    the recipe has one, else the raw weights), raw-<images>.safetensors where there is an average, log.jsonl, and
+    state.safetensors, from which an interrupted run resumes; before the first step and after the last it holds no
+    tensors, only the run's identity: recipe, seed, device kind, data size and `origin` (say, the sha256 of the base).
 
     micro_batch: images per forward pass and process (default all of the process's share);
     save_every: images between states (default recipe.snapshot);
@@ -87,20 +89,26 @@ def train(
     order = islice(ORDERS[recipe.order](len(data), seed), images, None)
     stream = batches(data, order, recipe.batch, world.rank, world.size)
     generator = torch.Generator(world.device)
+    first, micro_batch = world.rank * share, micro_batch or share
     log = _Log(out / "log.jsonl", images, world, every=max(recipe.budget // recipe.batch // 100, 1) * recipe.batch)
     metadata = family.metadata(model) | {"data_images": str(len(data))}
     with progress(recipe.budget, "img", "train", world.rank, images) as bar:
         while images < recipe.budget:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(images)
-            _seed_step(generator, seed, images, world.rank)
-            pixels, labels = next(stream)
+            streams = _seed_step(generator, seed, images, recipe.batch, world.rank)
+            pixels, labels, whole = next(stream)
+            # Random numbers are drawn for the whole step, so that they do not depend on how it is divided.
+            draws = family.draw(model, recipe.batch, generator, images=whole, **recipe.loss)
             total = torch.zeros((), device=world.device)
-            for part in torch.arange(share).split(micro_batch or share):
+            for start in range(0, share, micro_batch):
+                part = slice(start, min(start + micro_batch, share))
                 x = pixels[part].to(world.device, non_blocking=True)
                 y = None if labels is None else labels[part].to(world.device, non_blocking=True)
-                with autocast(world.device, recipe.precision):
-                    loss = family.loss(model, x, y, generator, **recipe.loss) * (len(part) / share)
+                own = slice(first + part.start, first + part.stop)
+                with autocast(world.device, recipe.precision), masks_of(streams[own], world.device):
+                    drawn = rows_of(draws, own.start, own.stop, recipe.batch)
+                    loss = family.loss(model, x, y, drawn, **recipe.loss) * (len(x) / share)
                 scaler.scale(loss).backward()
                 total += loss.detach()
             norm = _step(params, optimizer, scaler, recipe, world)
@@ -157,10 +165,13 @@ def _update_average(ema: Mapping[str, torch.Tensor], params: Mapping[str, torch.
     torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - beta)
 
 
-def _seed_step(generator: torch.Generator, seed: int, images: int, rank: int) -> None:
-    loss_seed, dropout_seed = np.random.SeedSequence([seed, images, rank]).generate_state(2, np.uint64) >> np.uint64(1)
-    generator.manual_seed(int(loss_seed))
-    torch.manual_seed(int(dropout_seed))
+def _seed_step(generator: torch.Generator, seed: int, images: int, batch: int, rank: int) -> torch.Tensor:
+    """Seed all randomness of a step; returns the seeds of its images' own streams, (batch,) int64."""
+    state = np.random.SeedSequence([seed, images, 0]).generate_state(2, np.uint64) >> np.uint64(1)
+    loss_seed, dropout_seed = map(int, state)
+    generator.manual_seed(loss_seed)
+    torch.manual_seed(dropout_seed + rank)  # for a network's own uses of the global generator
+    return dropout_seed % 2**32 + torch.arange(batch)
 
 
 def _crosses(images: int, batch: int, every: int) -> bool:
@@ -187,7 +198,7 @@ def _write_snapshot(out: Path, images: int, network: torch.nn.Module, ema, metad
 
 
 def _identity(recipe: Recipe, seed: int, world: World, n: int, origin) -> dict:
-    identity = vars(recipe) | {"seed": seed, "processes": world.size, "data_images": n} | dict(origin or {})
+    identity = vars(recipe) | {"seed": seed, "device": world.device.type, "data_images": n} | dict(origin or {})
     return json.loads(json.dumps(identity, default=dict))
 
 

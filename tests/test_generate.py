@@ -88,8 +88,8 @@ def test_other_sets_need_another_folder(mini, unbroken, tmp_path):
         "seeds": command(mini, unbroken, seeds="990-1040"),
         "num_steps": command(mini, unbroken, num_steps=5),
         "solver": [*command(mini, unbroken), "--solver", "euler"],
-        "precision": [*command(mini, unbroken), "--precision", "bfloat16"],
-        "model": [*command(mini, unbroken), "--model", mini.snapshots[0]],
+        "dtype": [*command(mini, unbroken), "--precision", "bfloat16"],
+        "base_sha256": [*command(mini, unbroken), "--model", mini.snapshots[0]],
     }.items():
         assert error_of(*other) == f"error: {unbroken} holds another set ({name} differs); choose another --out"
     assert files(unbroken) == content
@@ -128,11 +128,10 @@ def test_folders_that_are_taken(mini, tmp_path):
 
 
 def test_unlabelled_and_colour_images(tmp_path):
-    def sample(seeds, labels):
-        assert labels is None
+    def sample(seeds):
         return seeds.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 5)
 
-    generate(sample, torch.tensor([7, 3]), None, tmp_path / "S", identity={}, batch=1, world=World())
+    generate(sample, torch.tensor([7, 3]), lambda seeds: None, tmp_path / "S", identity={}, batch=1, world=World())
     data = ImageSet(tmp_path / "S")
     assert data.labels is None and json.loads((tmp_path / "S" / "dataset.json").read_text()) == {"labels": None}
     assert torch.equal(data.images([0, 1])[:, 0, 0, 0], torch.tensor([3, 7], dtype=torch.uint8))
@@ -161,11 +160,11 @@ def test_no_image_is_half_written(tmp_path, monkeypatch):
         if len(path.read_bytes()) == 20:
             raise OSError(28, "No space left on device", str(path))
 
-    def sample(seeds, labels):
+    def sample(seeds):
         return torch.zeros(len(seeds), 1, 2, 2, dtype=torch.uint8)
 
     def make():
-        generate(sample, torch.arange(4), None, tmp_path / "S", identity={}, batch=1, world=World())
+        generate(sample, torch.arange(4), lambda seeds: None, tmp_path / "S", identity={}, batch=1, world=World())
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
         patched.setattr(Path, "write_bytes", write_bytes)
@@ -176,12 +175,12 @@ def test_no_image_is_half_written(tmp_path, monkeypatch):
 
 
 def test_an_error_keeps_what_is_made(tmp_path):
-    def sample(seeds, labels):
+    def sample(seeds):
         if 3 in seeds:
             raise NeonError("no more")
         return torch.zeros(len(seeds), 1, 2, 2, dtype=torch.uint8)
 
     with pytest.raises(NeonError, match="no more"):
-        generate(sample, torch.arange(6), torch.arange(6), tmp_path / "S", identity={}, batch=2, world=World())
+        generate(sample, torch.arange(6), lambda seeds: seeds, tmp_path / "S", identity={}, batch=2, world=World())
     assert sorted(p.name for p in (tmp_path / "S").rglob("*.png")) == ["img00000000.png", "img00000001.png"]
     assert not (tmp_path / "S" / "dataset.json").exists() and not list((tmp_path / "S").rglob("*.partial"))

@@ -1,6 +1,5 @@
 """Learning rate and averaging as functions of the images seen, against closed forms."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,8 +29,7 @@ def test_linear_ramp_starts_at_zero():
 
 def test_ramp_longer_than_the_budget():
     assert rates(replace(PLAIN, ramp=10_000))[-1] == pytest.approx(2e-3 * 0.099, rel=1e-12)
-    for anneal in ("linear", "cosine"):
-        assert rates(replace(PLAIN, ramp=10_000, anneal=anneal)) == rates(replace(PLAIN, ramp=10_000))
+    assert rates(replace(PLAIN, ramp=10_000, anneal="linear")) == rates(replace(PLAIN, ramp=10_000))
 
 
 @pytest.mark.parametrize("ramp", [0, 100, 300])
@@ -42,18 +40,7 @@ def test_linear_anneal_ends_at_the_budget(ramp):
     assert lr(ramp / 2) == pytest.approx(1e-3 if ramp else 2e-3, rel=1e-12)
 
 
-@given(st.integers(0, 900), st.integers(0, 1000))
-@settings(deadline=None)
-def test_cosine_anneal(ramp, images):
-    found = replace(PLAIN, ramp=ramp, anneal="cosine").lr_at(images)
-    if images < ramp:
-        wanted = 2e-3 * images / ramp
-    else:
-        wanted = 2e-3 * (1 + math.cos(math.pi * (images - ramp) / (1000 - ramp))) / 2
-    assert found == pytest.approx(wanted, rel=1e-6, abs=1e-9)
-
-
-@given(st.sampled_from(["none", "linear", "cosine"]), st.integers(0, 1000))
+@given(st.sampled_from(["none", "linear"]), st.integers(0, 1000))
 @settings(deadline=None)
 def test_rises_to_lr_then_never_rises_again(anneal, ramp):
     lr = rates(replace(PLAIN, ramp=ramp, anneal=anneal))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neon import NeonError
-from neon.sampling import Streams, balanced_labels, parse_seeds, shard
+from neon.sampling import Streams, parse_seeds, shard
 
 EDM = Path(__file__).parent / "golden" / "edm"
 
@@ -116,20 +116,6 @@ def test_parse_seeds_reads_what_is_written(ranges):
 
 
 # ---------------------------------------------------------------- labels and shares
-
-
-@given(st.integers(0, 300), st.integers(1, 120), st.integers(0, 2**32))
-@settings(deadline=None)
-def test_labels_are_balanced(n, classes, seed):
-    labels = balanced_labels(n, classes, seed)
-    assert labels.dtype == torch.int64 and labels.shape == (n,)
-    counts = np.bincount(labels, minlength=classes)
-    assert len(counts) == classes and counts.max() - counts.min() <= 1
-    assert torch.equal(labels, balanced_labels(n, classes, seed))
-
-
-def test_labels_are_shuffled_by_the_seed():
-    assert balanced_labels(50, 10, 0).tolist() not in ([i % 10 for i in range(50)], balanced_labels(50, 10, 1).tolist())
 
 
 @given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 40))

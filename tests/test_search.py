@@ -15,9 +15,9 @@ from neon.search import grid, parse_grid
 WEIGHTS = [0.0, 0.5, 1.0, 1.5, 2.0]
 
 
-def run(curve, snapshots=("a",), weights=WEIGHTS, kappas=None, stop=None):
+def run(curve, snapshots=("a",), weights=WEIGHTS, grids=None, stop=None):
     """The points that grid visits with score = curve(point), after checking that it reports the scores."""
-    found = list(grid(curve, snapshots, weights, kappas or {}, stop))
+    found = list(grid(curve, snapshots, weights, grids or {}, stop))
     assert all(value == curve(point) for point, value in found)
     return [point for point, _ in found]
 
@@ -26,11 +26,11 @@ def run(curve, snapshots=("a",), weights=WEIGHTS, kappas=None, stop=None):
 
 
 def test_grid_without_stop_scores_everything_in_order():
-    points = run(lambda p: p.w * 100, ("a", "b"), kappas={"cfg": [1.0, 2.0], "steps": [4]})
-    assert [(p.selftrained or "base", p.w, dict(p.kappa)["cfg"]) for p in points] == [
+    points = run(lambda p: p.w * 100, ("a", "b"), grids={"cfg": [1.0, 2.0], "steps": [4]})
+    assert [(p.selftrained or "base", p.w, dict(p.sampling)["cfg"]) for p in points] == [
         (snapshot if w else "base", w, cfg) for snapshot in "ab" for cfg in (1.0, 2.0) for w in WEIGHTS
     ]
-    assert all(dict(p.kappa)["steps"] == 4 for p in points)
+    assert all(dict(p.sampling)["steps"] == 4 for p in points)
 
 
 def test_grid_stops_a_row_after_its_minimum():

@@ -49,6 +49,7 @@ FINETUNE = Recipe(
     ema_decay=0.9999,
     clip=1.0,
     precision="float16",
+    tf32=True,
     loss={"flip": True},
 )
 

@@ -4,25 +4,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from neon import NeonError
-from neon.family import check_images, named
-from neon.precision import autocast
-from neon.sampling import Streams, from_uint8
+from neon.family import check_images, named, option
+from neon.precision import autocast, decoder, network
+from neon.sampling import Streams, from_uint8, to_uint8
 from neon.weights.checkpoint import Weights, load_into, load_weights, open_weights, values_sha256
-from xAR.configs import NETWORKS as networks
-from xAR.configs import RECIPES as recipes
-from xAR.loss import draw, noisy_context_loss
+from xAR import loss as loss_numbers
+from xAR.configs import NETWORKS, RECIPES
 from xAR.network import XAR
 from xAR.sampler import sample as sample_latents
-from xAR.vae import AutoencoderKL, Patches, to_uint8
-
-__all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
+from xAR.vae import AutoencoderKL, Patches
 
 name = "xar"
+networks, recipes = NETWORKS, RECIPES
+released_precision, released_tf32 = "float16", False
 DECODED = 16  # images that pass the VAE's decoder at once, which bounds its memory
 
 
@@ -30,15 +30,15 @@ DECODED = 16  # images that pass the VAE's decoder at once, which bounds its mem
 class Sampling:
     """Options of the sampler; the defaults are those of the paper's number for xAR-L."""
 
-    cfg: float = 2.7  # guidance of the last cell; it rises from 1, which is none, at the first
-    flow_steps: int = 50  # network calls per cell
+    cfg: float = option(2.7, "guidance scale of the last cell; it rises from 1, which is none, at the first")
+    flow_steps: int = option(50, "network calls per cell")
 
 
 @dataclass(frozen=True)
 class Loading:
     """What load and create need beside the checkpoint."""
 
-    vae_path: str = str(Path(__file__).parent / "pretrained" / "kl16.ckpt")  # file of the VAE
+    vae_path: str = option(str(Path(__file__).parent / "pretrained" / "kl16.ckpt"), "file of the VAE")
 
 
 class Model(nn.Module):
@@ -160,8 +160,9 @@ def sample(
 ) -> torch.Tensor:
     """uint8 (N, C, S, S); labels None: no class."""
     device = model.transformer.mask.device
-    with autocast(device, model.precision):
+    with autocast(device, network(model.precision)):
         latents = sample_latents(model.transformer, Streams(seeds, device), labels, cfg=cfg, steps=flow_steps)
+    with autocast(device, decoder(model.precision)):
         return torch.cat([to_uint8(model.vae.decode(part)) for part in latents.split(DECODED)])
 
 
@@ -170,19 +171,26 @@ def check(model: Model, shape: tuple[int, ...], labels: torch.Tensor | None) -> 
     check_images(shape, labels, model.image_shape, model.transformer.classes)
 
 
-def loss(
-    model: Model,
-    images: torch.Tensor,
-    labels: torch.Tensor | None,
-    generator: torch.Generator,
-    flip: bool = False,
-) -> torch.Tensor:
-    """Mean squared error of the velocity of the images' latents. flip: mirror every second image, by chance."""
-    net, options = model.transformer, {"generator": generator, "device": generator.device}
-    if flip:
-        mirrored = torch.rand(len(images), 1, 1, 1, **options) < 0.5
-        images = images.flip(-1).where(mirrored.to(images.device), images)
-    noise = torch.randn(len(images), net.channels, net.side, net.side, **options).to(images.device)
+class Draws(NamedTuple):
+    """The random numbers of a training step of N images."""
+
+    mirrored: torch.Tensor | None  # (N, 1, 1, 1) bool
+    latent: torch.Tensor  # (N, channels, side, side) standard normal: which latent of its posterior an image gets
+    context: loss_numbers.Draws
+
+
+def draw(model: Model, n: int, generator: torch.Generator, *, flip: bool = False, **_) -> Draws:
+    """Random numbers of a step, in the order of the fields. flip: mirror every second image, by chance."""
+    net, here = model.transformer, {"generator": generator, "device": generator.device}
+    mirrored = torch.rand(n, 1, 1, 1, **here) < 0.5 if flip else None
+    latent = torch.randn(n, net.channels, net.side, net.side, **here)
+    return Draws(mirrored, latent, loss_numbers.draw(net, n, generator))
+
+
+def loss(model: Model, images: torch.Tensor, labels: torch.Tensor | None, draws: Draws, **_) -> torch.Tensor:
+    """Mean squared error of the velocity of the images' latents."""
+    if draws.mirrored is not None:
+        images = images.flip(-1).where(draws.mirrored.to(images.device), images)
     with torch.no_grad(), autocast(images.device, "float32"):
-        latents = model.vae.encode(from_uint8(images), noise)
-    return noisy_context_loss(net, latents, labels, draw(net, len(images), generator))
+        latents = model.vae.encode(from_uint8(images), draws.latent.to(images.device))
+    return loss_numbers.noisy_context_loss(model.transformer, latents, labels, draws.context)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neon import NeonError
+from neon.dropout import attention, dropout
 
 
 def to_cells(x: Tensor, cell: int) -> Tensor:
@@ -108,9 +109,9 @@ class Attention(nn.Module):
         if past is not None and n > 1:
             past[:] = k[:, :, :-size].clone(), v[:, :, :-size].clone()  # clones let go of the last cell's memory
         mask = None if mask is None else mask.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
+        y = attention(q, k, v, mask, self.dropout, self.training)
         y = self.proj(y.transpose(1, 2).reshape(x.shape))
-        return F.dropout(y, self.dropout, self.training)
+        return dropout(y, self.dropout, self.training)
 
 
 class GatedMLP(nn.Module):
@@ -124,8 +125,8 @@ class GatedMLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.dropout(F.gelu(self.fc1_g(x)) * self.fc1_x(x), self.dropout, self.training)
-        return F.dropout(self.fc2(h), self.dropout, self.training)
+        h = dropout(F.gelu(self.fc1_g(x)) * self.fc1_x(x), self.dropout, self.training)
+        return dropout(self.fc2(h), self.dropout, self.training)
 
 
 class Block(nn.Module):

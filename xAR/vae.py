@@ -5,7 +5,6 @@ Parameter names are those of the released kl16.ckpt.
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,8 +63,3 @@ class Patches(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         return F.pixel_shuffle(latents, 2)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] → uint8, truncated, as for Neon's published numbers (xAR's own evaluation rounds)."""
-    return ((images.float() + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)

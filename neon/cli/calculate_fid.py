@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from neon.cli.options import add_inference, add_metrics, count, kappa, loading, natural
+from neon.cli.options import add_inference, add_metrics, count, loading, natural, precision_of, sampling_options
 from neon.distributed import world
 from neon.fetch import local
 from neon.files import write_json
 from neon.measure.candidates import Candidates, Point
-from neon.measure.evaluate import Evaluation, parse_metrics
+from neon.measure.evaluate import Evaluation, parse_metrics, title
 from neon.measure.features import load_extractor
 from neon.measure.metrics import load_reference
 from neon.measure.rows import measure
@@ -44,26 +44,27 @@ def calculate_fid(
     seeds: torch.Tensor,
     batch_size: int,
     describe: Callable[[torch.nn.Module], str],
-    labels: Callable[[torch.nn.Module], torch.Tensor | None] = lambda model: None,
+    class_idx: int | None = None,
     **options,
 ) -> None:
     """Sample one image per seed, print one line of metrics, and write the row to args.out if it is given.
 
     args: what add_output parsed. describe(model) is the line's words about the model, and may raise NeonError if it is
-    not the one that was asked for. labels(model): None leaves them to the family. options: of family.load.
+    not the one that was asked for. class_idx: of all images. options: of family.load.
     """
     started = time.monotonic()
-    with world(args.device, args.tf32) as here:
+    with world(args.device, family.released_tf32 if args.tf32 is None else args.tf32) as here:
         reference = load_reference(local(ref, "fid_stats", here))
         extractor = load_extractor(args.features, here.device)
         metrics = parse_metrics(args.metrics, extractor, reference)
         evaluation = Evaluation(seeds, extractor, reference, metrics, batch_size, here)
         options = loading(args, family) | options
-        candidates = Candidates(family, checkpoint, here.device, args.precision, args.compile, **options)
+        precision = precision_of(args, family, here)
+        candidates = Candidates(family, checkpoint, here.device, precision, args.compile, **options)
         model = describe(candidates.model)
-        row = measure(candidates, evaluation, kappa(args, family), Point(), labels(candidates.model))
+        row = measure(candidates, evaluation, sampling_options(args, family), Point(), class_idx)
         if here.rank == 0:
-            values = "  ".join(f"{m.upper() if len(m) < 4 else m} {row[m]:.4f}" for m in metrics)
+            values = "  ".join(f"{title(m)} {row[m]:.4f}" for m in metrics)
             print(f"{values}  ({model}, {row['n']} images, {time.monotonic() - started:.1f} s)")
             if args.out:
                 write_json(args.out, row)

@@ -4,12 +4,13 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from neon import NeonError
-from neon.cli.options import kappa, loading
+from neon.cli.options import loading, precision_of, sampling_options
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
 from neon.family import get_family, named
@@ -17,10 +18,10 @@ from neon.fetch import GROUPS, TABLE, bring, choose, read_table, write_table
 from neon.files import atomic, existing, sha256, write_json
 from neon.generate import generate
 from neon.measure.candidates import Candidates, Point
-from neon.measure.evaluate import Evaluation, parse_metrics, reference_of
+from neon.measure.evaluate import Evaluation, parse_metrics, reference_of, title
 from neon.measure.features import load_extractor
 from neon.measure.metrics import load_reference, save_reference
-from neon.measure.rows import Rows, digest, images_of, key_of, measure, scorer
+from neon.measure.rows import Rows, digest, images_of, images_of_seeds, key_of, measure, sampled_by, scorer
 from neon.merge import merge
 from neon.sampling import parse_seeds
 from neon.search import check_sampled_alike, final_points, grid, parse_grid
@@ -80,7 +81,10 @@ def run_train(args) -> None:
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     recipe = dataclasses.replace(recipe, **changes)
     data = ImageSet(args.data, first=args.max_images)
-    with world(args.device, args.tf32) as here:
+    with world(args.device, recipe.tf32 if args.tf32 is None else args.tf32) as here:
+        if here.device.type == "cpu" and not args.precision:
+            recipe = dataclasses.replace(recipe, precision="float32")
+        recipe = dataclasses.replace(recipe, tf32=here.tf32)
         if hasattr(args, "base"):
             model = family.load(args.base, device=here.device, **recipe.network, **loading(args, family))
             origin = {"base": sha256(args.base)}
@@ -100,26 +104,29 @@ def run_train(args) -> None:
 
 def run_generate(args) -> None:
     family, seeds = get_family(args.family), parse_seeds(args.seeds)
-    with world(args.device, args.tf32) as here:
-        candidates, options = _candidates(args, args.model, family, here), kappa(args, family)
+    with _here(args, family) as here:
+        candidates, options = _candidates(args, args.model, family, here), sampling_options(args, family)
         model = candidates.load(None, 0.0)
-        identity = {"model": sha256(args.model), "seeds": args.seeds, "precision": args.precision, **options}
-        if candidates.vae_sha256:
-            identity["vae"] = candidates.vae_sha256
         generate(
-            lambda s, y: family.sample(model, s, y, **options),
+            partial(images_of_seeds, family, model, **options),
             seeds,
-            family.labels(model, seeds),
+            partial(family.labels, model),
             args.out,
-            identity=identity,
+            identity=sampled_by(candidates, here, options) | {"seeds": args.seeds},
             batch=args.batch_size,
             world=here,
             replace=args.replace,
         )
 
 
+def _here(args, family):
+    """The processes of a command that samples, with TensorFloat-32 as asked for or as the family was released."""
+    return world(args.device, family.released_tf32 if args.tf32 is None else args.tf32)
+
+
 def _candidates(args, base, family, here):
-    return Candidates(family, base, here.device, args.precision, args.compile, **loading(args, family))
+    precision = precision_of(args, family, here)
+    return Candidates(family, base, here.device, precision, args.compile, **loading(args, family))
 
 
 def _rows(args, here):
@@ -137,11 +144,11 @@ def _evaluation(args, here):
 
 def run_evaluate(args) -> None:
     family = get_family(args.family)
-    with world(args.device, args.tf32) as here:
+    with _here(args, family) as here:
         evaluation = _evaluation(args, here)
         candidates = _candidates(args, args.base, family, here)
         point = Point(args.selftrained and str(args.selftrained), args.w)
-        result = measure(candidates, evaluation, kappa(args, family), point)
+        result = measure(candidates, evaluation, sampling_options(args, family), point)
         if here.rank == 0:
             print(summary(result, evaluation.metrics))
             if args.out:
@@ -154,10 +161,10 @@ def run_search(args) -> None:
     family = get_family(args.family)
     grids = dict(_grid_option(text, family) for text in args.grid)
     trained = [existing(path) for folder in args.selftrained for path in snapshots(folder)]
-    with world(args.device, args.tf32) as here:
+    with _here(args, family) as here:
         evaluation = _evaluation(args, here)
         rows = _rows(args, here)
-        score = scorer(_candidates(args, args.base, family, here), evaluation, kappa(args, family), rows)
+        score = scorer(_candidates(args, args.base, family, here), evaluation, sampling_options(args, family), rows)
         best, seen = None, {}
         for point, fid in grid(lambda p: score(p)["fid"], trained, parse_grid(args.w), grids, args.stop):
             if here.rank == 0:
@@ -192,11 +199,11 @@ def run_final(args) -> None:
     if searched[0]["base_sha256"] != digest(existing(args.base)):
         raise NeonError(f"{args.search} started from another base, {searched[0]['base']}")
     points = final_points(searched, [field.name for field in dataclasses.fields(family.Sampling)])
-    with world(args.device, args.tf32) as here:
-        evaluation, options = _evaluation(args, here), kappa(args, family)
+    with _here(args, family) as here:
+        evaluation, options = _evaluation(args, here), sampling_options(args, family)
         candidates = _candidates(args, args.base, family, here)
-        facts = {"dtype": args.precision, "features": evaluation.extractor.name, "vae_sha256": candidates.vae_sha256}
-        check_sampled_alike(searched, {**options, **facts})
+        now = sampled_by(candidates, here, options) | {"features": evaluation.extractor.name}
+        check_sampled_alike(searched, {name: value for name, value in now.items() if name not in here.identity()})
         rows = _rows(args, here)
         measured: dict = {}
         seen = []
@@ -251,5 +258,7 @@ def run_reference(args) -> None:
 def summary(row: dict, metrics: Sequence[str]) -> str:
     """'w 1.5  B 20000  FID 12.34  …' for people."""
     shown = [f"w {row['w']:g}", f"B {row['budget']}"] if row["selftrained"] else ["w 0"]
-    shown += [f"{m.upper() if len(m) < 4 else m} {row[m]:.4g}" for m in metrics]
+    if "reason" in row:
+        return "  ".join([*shown, f"diverged: {row['reason']}"])
+    shown += [f"{title(m)} {row[m]:.4g}" for m in metrics]
     return "  ".join([*shown, f"n {row['n']}", f"{row['seconds']:.1f} s"])

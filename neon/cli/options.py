@@ -5,7 +5,7 @@ import dataclasses
 import typing
 from pathlib import Path
 
-PRECISIONS = ["float32", "float16", "bfloat16"]
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_family(p: argparse.ArgumentParser) -> None:
@@ -20,13 +20,23 @@ def add_replace(p: argparse.ArgumentParser) -> None:
 
 def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
-    p.add_argument("--tf32", action="store_true", help="allow TensorFloat-32 in float32 products (default: no)")
+    p.add_argument(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        help="TensorFloat-32 in float32 products on a GPU (default: as the released code)",
+    )
 
 
 def add_inference(p: argparse.ArgumentParser, family) -> None:
-    """Where and how exactly to compute, and the family's sampling options κ."""
+    """Where and how exactly to compute, and the family's sampling options."""
     add_device(p)
-    p.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the network (default %(default)s)")
+    p.add_argument(
+        "--precision",
+        type=precision,
+        metavar="PRECISION",
+        help=f"{', '.join(DTYPES)}, or NETWORK+DECODER "
+        f"(default: on a GPU as released, {family.released_precision}; on a CPU float32)",
+    )
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     add_fields(p.add_argument_group(f"sampling options of {family.name}"), family.Sampling)
     add_fields(p, family.Loading)
@@ -40,7 +50,9 @@ def add_fields(p, options: type) -> None:
             how = {"action": argparse.BooleanOptionalAction}
         else:
             how = {"type": str if choices else field.type, "choices": choices}
-        p.add_argument(f"--{field.name}", **how, default=field.default, help="%(default)s")
+        text = field.metadata.get("help", "").replace("%", "%%")
+        default = "" if field.default == "" else " (default %(default)s)"
+        p.add_argument(f"--{field.name}", **how, default=field.default, help=text + default)
 
 
 def add_metrics(p: argparse.ArgumentParser) -> None:
@@ -70,7 +82,7 @@ def add_training(p: argparse.ArgumentParser, family) -> None:
     changes = p.add_argument_group("changes to the recipe")
     for name, kind in (("batch", count), ("lr", rate), ("budget", count), ("snapshot", count), ("ramp", natural)):
         changes.add_argument(f"--{name}", type=kind)
-    changes.add_argument("--precision", choices=PRECISIONS)
+    changes.add_argument("--precision", choices=DTYPES, help="(default: on a GPU the recipe's, on a CPU float32)")
 
 
 def add_sampling(p: argparse.ArgumentParser, family) -> None:
@@ -84,6 +96,19 @@ def add_sampling(p: argparse.ArgumentParser, family) -> None:
 def add_evaluation(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ref", required=True, help="reference statistics, .npz with mu and sigma")
     add_metrics(p)
+
+
+def precision(text: str) -> str:
+    """'float16', 'float32+float16'. Raises ValueError, as argparse expects."""
+    parts = text.split("+")
+    if len(parts) > 2 or not set(parts) <= set(DTYPES):
+        raise ValueError
+    return text
+
+
+def precision_of(args, family, here) -> str:
+    """In which a command computes: as asked for, else as the family was released on a GPU, else float32."""
+    return args.precision or (family.released_precision if here.device.type == "cuda" else "float32")
 
 
 def natural(text: str) -> int:
@@ -116,7 +141,7 @@ def checkpoint(text: str) -> Path:
     return snapshots(text)[-1]
 
 
-def kappa(args, family) -> dict:
+def sampling_options(args, family) -> dict:
     """The family's sampling options among the arguments."""
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(family.Sampling)}
 

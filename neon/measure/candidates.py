@@ -14,11 +14,11 @@ from neon.weights.checkpoint import load_weights
 
 @dataclass(frozen=True)
 class Point:
-    """One candidate: a snapshot of θ_s (None: the base itself), w, and the sampling options κ that are searched."""
+    """One candidate: a snapshot of θ_s (None: the base itself), w, and the sampling options that are searched."""
 
     selftrained: str | None = None
     w: float = 0.0
-    kappa: tuple[tuple[str, object], ...] = ()
+    sampling: tuple[tuple[str, object], ...] = ()
 
 
 class Candidates:

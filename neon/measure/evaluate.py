@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from neon import NeonError
+from neon import Diverged, NeonError
 from neon.data import ImageSet
 from neon.distributed import World
 from neon.files import progress
@@ -18,6 +18,11 @@ from neon.sampling import shard
 
 ALONE = World()
 METRICS = ("fid", "is", "kid", "precision", "recall")
+
+
+def title(metric: str) -> str:
+    """'fid' → 'FID', 'recall' → 'recall'."""
+    return metric.upper() if len(metric) < 4 else metric
 
 
 def parse_metrics(text: str, extractor: Extractor, reference: Reference) -> tuple[str, ...]:
@@ -69,28 +74,32 @@ class Evaluation:
     @torch.no_grad()
     def __call__(
         self,
-        sample: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
-        labels: torch.Tensor | None = None,
+        sample: Callable[[torch.Tensor], torch.Tensor],
         desc: str = "evaluate",
     ) -> dict[str, float]:
-        """Metrics of the images that `sample` makes: (seeds (b,), labels (b,) or None) → uint8 (b, 1 or 3, H, W).
+        """Metrics of the images that `sample` makes: seeds (b,) → uint8 (b, 1 or 3, H, W).
 
-        labels: (n,) int64 for all seeds. Every rank gets the same result. 'fid' adds 'fid_se', its sampling error at
-        this n, 'is' adds 'is_std' over its splits, 'kid' adds 'kid_std' over its subsets.
+        Every rank gets the same result. 'fid' adds 'fid_se', its sampling error at this n, 'is' adds 'is_std' over its
+        splits, 'kid' adds 'kid_std' over its subsets. Raises Diverged on every rank if it is raised on one.
         """
         n, extractor, world = len(self.seeds), self.extractor, self.world
         moments = Moments(extractor.dim, extractor.device)
         scores = InceptionScore(n, extractor.classes, extractor.device) if "is" in self.metrics else None
-        kept = []
+        kept, failure = [], None
         with progress(n, "img", desc, world.rank) as bar:
-            for part in shard(n, world.rank, world.size, self.batch):
-                images = sample(self.seeds[part], None if labels is None else labels[part])
-                features, logits = extractor(images.expand(-1, 3, -1, -1))
-                moments.update(features)
-                if scores is not None:
-                    scores.update(logits, torch.arange(n)[part])
-                kept.append(features.cpu())
-                bar.update(len(images) * world.size)
+            try:
+                for part in shard(n, world.rank, world.size, self.batch):
+                    images = sample(self.seeds[part])
+                    features, logits = extractor(images.expand(-1, 3, -1, -1))
+                    moments.update(features)
+                    if scores is not None:
+                        scores.update(logits, torch.arange(n)[part])
+                    kept.append(features.cpu())
+                    bar.update(len(images) * world.size)
+            except Diverged as error:  # the other ranks wait for this one
+                failure = str(error)
+        if failures := [text for text in world.gather(failure) if text]:
+            raise Diverged(failures[0])
         if world.size > 1:
             moments.all_reduce(dist.all_reduce)
             if scores is not None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from scipy.special import stdtrit
 
-from neon import NeonError
+from neon import Diverged, NeonError
 from neon.files import atomic, sha256
 
 AllReduce = Callable[[torch.Tensor], object]  # sums a tensor over ranks in place, as torch.distributed.all_reduce does
@@ -46,11 +46,6 @@ class Moments:
         # The shift of the mean is one more row of deviations, so that a single matrix product does it all.
         rows = torch.cat([x - mean, self._move(len(x), mean)[None]])
         self.m2.addmm_(rows.T, rows)
-
-    def merge(self, other: "Moments") -> None:
-        """Add what `other` has seen."""
-        shift = self._move(other.n, other.mean.to(self.mean))
-        self.m2.addr_(shift, shift).add_(other.m2.to(self.m2))
 
     def all_reduce(self, all_reduce: AllReduce) -> None:
         """Replace the moments of this rank by those of all ranks together; every rank must call it."""
@@ -150,7 +145,7 @@ def frechet_distance(mu: torch.Tensor, sigma: torch.Tensor, reference: Reference
         raise NeonError(f"features have {len(mu)} dimensions, the reference {reference.name} has {len(reference.mu)}")
     sigma = sigma.double()
     if not (mu.isfinite().all() and sigma.isfinite().all()):
-        raise NeonError("the features are not finite, so there is no Fréchet distance")
+        raise Diverged("the features are not finite, so there is no Fréchet distance")
     root, mu2, sigma2 = (x.to(sigma) for x in (reference.root, reference.mu, reference.sigma))
     # R S1 R with R = sqrtm(S2) is symmetric and has the eigenvalues of S1 S2; rounding may push zeros below zero.
     cross = torch.linalg.eigvalsh(root @ sigma @ root).clamp(min=0).sqrt().sum()
@@ -198,10 +193,6 @@ class InceptionScore:
         # A product with one-hot rows, for index_add_ on CUDA adds in no fixed order.
         member = F.one_hot(self.split_of[indices.cpu()], len(self.sums)).to(self.sums)
         self.sums += member.T @ rows
-
-    def merge(self, other: "InceptionScore") -> None:
-        """Add what `other` has seen."""
-        self.sums += other.sums.to(self.sums)
 
     def all_reduce(self, all_reduce: AllReduce) -> None:
         """Replace the sums of this rank by those of all ranks together; every rank must call it."""

@@ -3,17 +3,19 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from neon import NeonError
-from neon.family import get_family
+from neon import Diverged, NeonError
+from neon.distributed import World
+from neon.family import Family, get_family
 from neon.files import atomic, sha256
 from neon.measure.candidates import Candidates, Point
 from neon.measure.evaluate import Evaluation
@@ -23,18 +25,89 @@ from neon.weights.checkpoint import open_weights
 def measure(
     candidates: Candidates,
     evaluation: Evaluation,
-    kappa: Mapping[str, object],
+    sampling: Mapping[str, object],
     point: Point,
-    labels: torch.Tensor | None = None,
+    class_idx: int | None = None,
 ) -> dict:
-    """Merge, sample and measure one point: a row of results. labels: (n,) int64, default the family's."""
+    """Merge, sample and measure one point: a row of results.
+
+    class_idx: the class of all images; None: the family's own choice for each. Raises NeonError, Diverged.
+    """
     started = time.monotonic()
-    family, options = candidates.family, {**kappa, **dict(point.kappa)}
+    options = {**sampling, **dict(point.sampling)}
     model = candidates.load(point.selftrained, point.w)
-    if labels is None:
-        labels = family.labels(model, evaluation.seeds)
-    result = evaluation(lambda s, y: family.sample(model, s, y, **options), labels, desc=f"w = {point.w:g}")
-    return row(family.name, evaluation, options, result, started, **identity(candidates, point))
+    draw = partial(images_of_seeds, candidates.family, model, class_idx=class_idx, **options)
+    result = evaluation(draw, desc=f"w = {point.w:g}")
+    found = provenance(candidates, evaluation, sampling, point, class_idx)
+    return {**found, **result, "seconds": round(time.monotonic() - started, 1)}
+
+
+def provenance(candidates: Candidates, evaluation: Evaluation, sampling: Mapping, point: Point, class_idx=None) -> dict:
+    """What a row says of where its numbers come from: what they depend on, files, and software."""
+    return {
+        **facts(candidates, evaluation, sampling, point, class_idx),
+        "base": str(candidates.base_path),
+        "selftrained": point.selftrained,
+        "budget": budget_of(point.selftrained),
+        "num_synthetic": num_synthetic(point.selftrained),
+        "world": evaluation.world.size,
+        "versions": {name: version(name) for name in ("torch", "torch-fidelity", "numpy")},
+    }
+
+
+def diverged(candidates: Candidates, evaluation: Evaluation, sampling: Mapping, point: Point, reason: str) -> dict:
+    """The row of a merge without finite images: no metrics, fid = inf, and why."""
+    return {
+        **provenance(candidates, evaluation, sampling, point),
+        "fid": math.inf,
+        "reason": reason,
+        "seconds": 0.0,
+    }
+
+
+def images_of_seeds(family: Family, model, seeds: torch.Tensor, class_idx: int | None = None, **sampling):
+    """One image per seed, uint8 (N, C, H, W), of the family's classes or all of one."""
+    labels = family.labels(model, seeds) if class_idx is None else torch.full_like(seeds, class_idx)
+    return family.sample(model, seeds, labels, **sampling)
+
+
+def facts(
+    candidates: Candidates,
+    evaluation: Evaluation,
+    sampling: Mapping[str, object],
+    point: Point,
+    class_idx: int | None = None,
+) -> dict:
+    """All that the numbers of a row depend on, JSON values. Batch size and number of processes change nothing."""
+    model = {
+        "w": point.w,
+        "selftrained_sha256": digest(point.selftrained) if point.selftrained else None,
+    }
+    options = {**sampling, **dict(point.sampling)}
+    return sampled_by(candidates, evaluation.world, options, class_idx) | model | evaluation.identity()
+
+
+def sampled_by(
+    candidates: Candidates, world: World, sampling: Mapping[str, object], class_idx: int | None = None
+) -> dict:
+    """All that decides which image a seed of the base is: rows and sets S have it in their identity."""
+    return {
+        "family": candidates.family.name,
+        "base_sha256": digest(candidates.base_path),
+        "vae_sha256": candidates.vae_sha256,
+        **sampling,
+        "class_idx": class_idx,
+        "dtype": candidates.precision,
+        **world.identity(),
+    }
+
+
+def key_of(
+    candidates: Candidates, evaluation: Evaluation, sampling: Mapping[str, object], point: Point, **options
+) -> str:
+    """Digest of `facts`: rows of one key have the same numbers."""
+    text = json.dumps(facts(candidates, evaluation, sampling, point, **options), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def images_of(row: Mapping, seeds: torch.Tensor, batch: int, device: torch.device | str, **options) -> torch.Tensor:
@@ -44,28 +117,16 @@ def images_of(row: Mapping, seeds: torch.Tensor, batch: int, device: torch.devic
     """
     family = get_family(row["family"])
     candidates = Candidates(family, row["base"], device, row["dtype"], **options)
-    model = candidates.load(row["selftrained"], row["w"])
-    for fact, now in identity(candidates, Point(row["selftrained"], row["w"])).items():
+    found = {"base_sha256": digest(row["base"]), "vae_sha256": candidates.vae_sha256}
+    if row["selftrained"]:
+        found["selftrained_sha256"] = digest(row["selftrained"])
+    for fact, now in found.items():
         if row[fact] != now:
             raise NeonError(f"{row['base']} at w = {row['w']:g}: its {fact} is not what it was when it was measured")
-    kappa = {field.name: row[field.name] for field in dataclasses.fields(family.Sampling)}
-    parts = (family.sample(model, part, family.labels(model, part), **kappa).cpu() for part in seeds.split(batch))
-    return torch.cat(list(parts))
-
-
-def identity(candidates: Candidates, point: Point) -> dict:
-    """Which weights a point stands for, JSON values."""
-    return {
-        "w": point.w,
-        "base": str(candidates.base_path),
-        "base_sha256": digest(candidates.base_path),
-        "vae_sha256": candidates.vae_sha256,
-        "selftrained": point.selftrained,
-        "selftrained_sha256": digest(point.selftrained) if point.selftrained else None,
-        "budget": budget_of(point.selftrained),
-        "num_synthetic": num_synthetic(point.selftrained),
-        "dtype": candidates.precision,
-    }
+    model = candidates.load(row["selftrained"], row["w"])
+    sampling = {field.name: row[field.name] for field in dataclasses.fields(family.Sampling)}
+    draw = partial(images_of_seeds, family, model, class_idx=row["class_idx"], **sampling)
+    return torch.cat([draw(part).cpu() for part in seeds.split(batch)])
 
 
 def digest(path: str | Path) -> str:
@@ -132,36 +193,23 @@ class Rows:
                 partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()))
 
 
-def key_of(candidates: Candidates, evaluation: Evaluation, kappa: Mapping[str, object], point: Point) -> str:
-    """Digest of everything a row depends on: weights by their digests, not their paths."""
-    facts = identity(candidates, point) | {"base": None, "selftrained": None, "budget": None}
-    del facts["num_synthetic"]  # like the others, implied by the digests
-    facts |= {**kappa, **dict(point.kappa)} | evaluation.identity() | {"family": candidates.family.name}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def scorer(
-    candidates: Candidates, evaluation: Evaluation, kappa: Mapping[str, object], rows: Rows
+    candidates: Candidates, evaluation: Evaluation, sampling: Mapping[str, object], rows: Rows
 ) -> Callable[[Point], dict]:
-    """point → its row, from the file if it was measured before under the same conditions."""
+    """point → its row, from the file if it was measured before under the same conditions.
+
+    A merge that diverges is measured once, too: its row has fid = inf and the reason. The base must not diverge.
+    """
+
+    def compute(point: Point) -> dict:
+        try:
+            return measure(candidates, evaluation, sampling, point)
+        except Diverged as error:
+            if not point.w:
+                raise
+            return diverged(candidates, evaluation, sampling, point, str(error))
 
     def score(point: Point) -> dict:
-        key = key_of(candidates, evaluation, kappa, point)
-        return rows.cached(key, lambda: measure(candidates, evaluation, kappa, point))
+        return rows.cached(key_of(candidates, evaluation, sampling, point), lambda: compute(point))
 
     return score
-
-
-def row(family: str, evaluation: Evaluation, kappa: Mapping, result: Mapping, started: float, **model) -> dict:
-    """One line of results: which model, how sampled, how measured, what came out, with what software."""
-    return {
-        "family": family,
-        **model,
-        **kappa,
-        **evaluation.identity(),
-        **result,
-        "seconds": round(time.monotonic() - started, 1),
-        "world": evaluation.world.size,
-        "device": str(evaluation.world.device).partition(":")[0],
-        "versions": {name: version(name) for name in ("torch", "torch-fidelity", "numpy")},
-    }

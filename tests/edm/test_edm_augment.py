@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from edm.augment import Draws, augment, draw, translation, warp
+from edm.augment import Draws, augment, draw, reflected, translation, warp
 from edm.augment import apply as apply_draws
 
 # Draws and augmentation labels of each transform, in order.
@@ -91,5 +91,6 @@ def test_warp_moves_content_by_whole_pixels():
     """Pixels fetched from two columns to the right and one row up: content moves left and down."""
     images = inputs("warp", "x", (1, 2, 6, 6)).repeat_interleave(4, 2).repeat_interleave(4, 3)
     images = torch.nn.functional.avg_pool2d(images, 5, 1, 2)  # smooth
-    out = warp(images, translation(2.0, -1.0)[None])
+    shift = translation(2.0, -1.0)[None]
+    out = warp(images, shift, reflected(shift, 24, 24))
     assert_close(out[:, :, 4:-4, 4:-4], images[:, :, 3:-5, 6:-2], rtol=0, atol=1e-3)

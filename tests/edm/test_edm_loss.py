@@ -1,5 +1,3 @@
-import functools
-
 import pytest
 import torch
 from edm_cases import digits_net, golden, tiny_net
@@ -7,7 +5,7 @@ from fill import fill_parameters, inputs
 from torch.testing import assert_close
 
 from edm.augment import augment
-from edm.loss import edm_loss, loss_map
+from edm.loss import draw, edm_loss, loss_map
 
 
 def test_loss_and_gradients():
@@ -31,16 +29,15 @@ def test_loss_and_gradients():
 def test_order_of_draws():
     net = fill_parameters(digits_net(augment_dim=9)).eval()
     images, labels = inputs("loss", "x", (3, 1, 8, 8)), torch.eye(10)[:3]
-    pipe = functools.partial(augment, p=0.5)
     with torch.no_grad():
-        out = edm_loss(net, images, labels, torch.Generator().manual_seed(3), pipe)
+        out = edm_loss(net, images, labels, draw((3, 1, 8, 8), torch.Generator().manual_seed(3), 0.5))
         generator = torch.Generator().manual_seed(3)
         level = torch.randn(3, 1, 1, 1, generator=generator)
-        augmented, augment_labels = pipe(images, generator)
+        augmented, augment_labels = augment(images, generator, 0.5)
         noise = torch.randn(3, 1, 8, 8, generator=generator)
         assert torch.equal(out, loss_map(net, augmented, labels, augment_labels, level, noise))
 
-        plain = edm_loss(net, images, labels, torch.Generator().manual_seed(3))
+        plain = edm_loss(net, images, labels, draw((3, 1, 8, 8), torch.Generator().manual_seed(3)))
         generator.manual_seed(3)
         level, noise = (torch.randn(shape, generator=generator) for shape in ((3, 1, 1, 1), (3, 1, 8, 8)))
         assert torch.equal(plain, loss_map(net, images, labels, None, level, noise))
@@ -48,7 +45,7 @@ def test_order_of_draws():
 
 def test_perfect_denoiser_has_no_loss():
     images = inputs("loss", "x", (3, 1, 8, 8))
-    assert not edm_loss(lambda *_: images, images, None, torch.Generator().manual_seed(0)).any()
+    assert not edm_loss(lambda *_: images, images, None, draw((3, 1, 8, 8), torch.Generator().manual_seed(0))).any()
 
 
 def test_weight_balances_noise_levels():

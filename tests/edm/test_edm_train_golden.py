@@ -33,14 +33,20 @@ def test_four_steps(tmp_path):
     g = golden("train_steps")
     steps = iter(range(4))
 
-    def loss(net, images, _labels, generator):
+    def loss(net, images, _labels, _draws):
         k = next(steps)
         names = ("augmented", "augment_labels", "rnd_normal", "noise_unit")
         augmented, augment_labels, level, noise = (g[f"s{k}_{name}"] for name in names)
         labels = torch.eye(10)[k : k + 4]
         return loss_map(net, augmented, labels, augment_labels, level, noise).sum() / len(images)
 
-    family = SimpleNamespace(check=lambda *_: None, loss=loss, weights=lambda model: model, metadata=lambda model: {})
+    family = SimpleNamespace(
+        check=lambda *_: None,
+        draw=lambda *_, **__: None,
+        loss=loss,
+        weights=lambda model: model,
+        metadata=lambda model: {},
+    )
     net = tiny_net("cond")
     snapshots = train(family, net, Blank(), RECIPE, tmp_path, world=World())
     assert [path.name for path in snapshots] == [f"snapshot-{n:09d}.safetensors" for n in (4, 8, 12, 16)]

@@ -55,15 +55,15 @@ def model(checkout):
     return family.load(checkout / "base.safetensors", device="cpu")
 
 
-@pytest.mark.parametrize("kappa", [{"solver": "dopri5"}, {"solver": "euler", "num_steps": 4}])
-def test_image_i_depends_on_seed_i_alone(model, kappa):
+@pytest.mark.parametrize("sampling", [{"solver": "dopri5"}, {"solver": "euler", "num_steps": 4}])
+def test_image_i_depends_on_seed_i_alone(model, sampling):
     labels = family.labels(model, SEEDS)
-    images = family.sample(model, SEEDS, labels, **kappa)
+    images = family.sample(model, SEEDS, labels, **sampling)
     assert images.shape == (3, 1, 8, 8) and images.dtype == torch.uint8 and images.float().std() > 5
-    again = family.sample(model, SEEDS, None, **kappa)  # classes come from the same streams
-    alone = family.sample(model, SEEDS[1:2], labels[1:2], **kappa)
+    again = family.sample(model, SEEDS, None, **sampling)  # classes come from the same streams
+    alone = family.sample(model, SEEDS[1:2], labels[1:2], **sampling)
     assert torch.equal(again, images) and (alone[0].int() - images[1].int()).abs().max() <= 1
-    other = family.sample(model, SEEDS, (labels + 1) % 10, **kappa)
+    other = family.sample(model, SEEDS, (labels + 1) % 10, **sampling)
     assert not torch.equal(other, images)
 
 
@@ -118,7 +118,8 @@ def test_flips_and_couplings_of_the_recipes():
     for recipe in ("cifar10_icfm", "cifar10_otcfm"):
         options = family.recipes[recipe].loss
         assert options["flip"]
-        loss[recipe] = family.loss(net, half, None, torch.Generator().manual_seed(0), **options).item()
+        draws = family.draw(net, 32, torch.Generator().manual_seed(0), images=lambda: half, **options)
+        loss[recipe] = family.loss(net, half, None, draws, **options).item()
     assert loss["cifar10_otcfm"] < loss["cifar10_icfm"]
 
 
@@ -137,10 +138,10 @@ def fid_of(line: str) -> float:
 
 def test_the_recipe_from_end_to_end(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
-    base, kappa = "base.safetensors", "--solver euler --num_steps 2"
-    measure = f"--ref ref.npz --features digits:cnn.safetensors --metrics fid {kappa}"
+    base, sampling = "base.safetensors", "--solver euler --num_steps 2"
+    measure = f"--ref ref.npz --features digits:cnn.safetensors --metrics fid {sampling}"
     search, final = (f"{name} --family flow --base {base}" for name in ("search", "final"))
-    script(f"flow/generate_dataset.py --model {base} --seeds 0-15 --out S {kappa}", monkeypatch, capsys)
+    script(f"flow/generate_dataset.py --model {base} --seeds 0-15 --out S {sampling}", monkeypatch, capsys)
     recipe = "--recipe digits --data S --out run --batch 4 --budget 8"
     script(f"flow/selftrain.py --base {base} {recipe}", monkeypatch, capsys)
     neon(*f"{search} --selftrained run --w=0,1 --seeds 20-29 {measure} --out search.jsonl".split())
@@ -192,13 +193,13 @@ def test_the_recipe_at_full_size(tmp_path):
     (tmp_path / "flow").symlink_to(ROOT / "flow")
     write_released(tmp_path / "otcfm.pt")
     np.savez(tmp_path / "ref.npz", mu=np.full(2048, 0.4), sigma=0.2 * np.eye(2048))
-    kappa = "--solver euler --num_steps 2"
+    sampling = "--solver euler --num_steps 2"
     for command in [
-        f"python flow/generate_dataset.py --model otcfm.pt --seeds 0-3 --out S {kappa}",
+        f"python flow/generate_dataset.py --model otcfm.pt --seeds 0-3 --out S {sampling}",
         "python flow/selftrain.py --base otcfm.pt --recipe cifar10_otcfm --data S --out run --batch 4 --budget 8",
         "python flow/merge.py --base otcfm.pt --selftrained run -w 1 --out neon.pt",
         "python flow/calculate_fid.py --model_ckpt neon.pt --ref ref.npz --seeds 0-3 --features inception:random"
-        f" --metrics fid {kappa}",
+        f" --metrics fid {sampling}",
         "python flow/calculate_fid.py --model_ckpt neon.pt --ref ref.npz --seeds 0-1 --features inception:random"
         " --metrics fid --tol 1e-2",
     ]:

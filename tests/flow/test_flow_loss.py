@@ -14,6 +14,11 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def draws(images, seed):
+    again = generator(seed)
+    return torch.randn(images.shape, generator=again), torch.rand(len(images), generator=again)
+
+
 def test_the_target_is_the_straight_line_from_noise_to_image():
     images, seen = torch.randn(6, 1, 2, 2, generator=generator(1)), []
 
@@ -22,12 +27,11 @@ def test_the_target_is_the_straight_line_from_noise_to_image():
         return torch.zeros_like(x)
 
     labels = torch.arange(6)
-    loss = flow_loss(velocity, images, labels, generator(2))
-    again = generator(2)
-    noise = torch.randn(images.shape, generator=again)
+    noise, times = draws(images, 2)
+    loss = flow_loss(velocity, images, labels, noise, times)
     ((x, t, y),) = seen
     assert_close(loss, (images - noise) ** 2)
-    assert torch.equal(t, torch.rand(6, generator=again)) and y is labels
+    assert t is times and y is labels
     assert_close(x, torch.lerp(noise, images, t[:, None, None, None]))
 
 
@@ -41,13 +45,13 @@ def test_the_exact_velocity_of_a_gaussian_is_stationary():
                 lambda x, t, _, c=change, e=e: field(x, t) + e * c(x, t[:, None, None, None]),
                 images,
                 None,
-                generator(4),
+                *draws(images, 4),
             )
             for e in (0.5, -0.5)
         )
         slope = (up - down).flatten()
         assert abs(slope.mean()) < 4 * slope.std() / len(slope) ** 0.5
-        assert (up + down).mean() / 2 > flow_loss(lambda x, t, _: field(x, t), images, None, generator(4)).mean()
+        assert (up + down).mean() / 2 > flow_loss(lambda x, t, _: field(x, t), images, None, *draws(images, 4)).mean()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -64,5 +68,7 @@ def test_the_optimal_coupling_is_the_cheapest_of_all(seed):
 
 def test_the_optimal_coupling_shortens_the_lines():
     images = torch.randn(64, 1, 2, 2, generator=generator(5))
-    rest = [flow_loss(lambda x, t, _: 0 * x, images, None, generator(6), c).mean() for c in ("independent", "ot")]
+    noise, t = draws(images, 6)
+    coupled = noise[nearest_pairs(images, noise)]
+    rest = [flow_loss(lambda x, t, _: 0 * x, images, None, n, t).mean() for n in (noise, coupled)]
     assert rest[1] < 0.5 * rest[0]

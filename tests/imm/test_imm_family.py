@@ -171,7 +171,8 @@ def test_encoding_is_float32_in_any_autocast(model):
 def loss_of(model, side, channels, seed=0, n=8):
     images = torch.randint(256, (n, channels, side, side), generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(seed)
-    return family.loss(model, images.to(torch.uint8), torch.arange(n), generator)
+    pixels = images.to(torch.uint8)
+    return family.loss(model, pixels, torch.arange(n), family.draw(model, n, generator, images=lambda: pixels))
 
 
 @pytest.mark.parametrize("kind, side, channels", [("model", 64, 3), ("digits", 8, 1)])

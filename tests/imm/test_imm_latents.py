@@ -6,6 +6,7 @@ from imm_tiny import golden, near
 
 from imm import latents
 from neon import NeonError
+from neon.sampling import to_uint8
 
 
 @dataclass
@@ -53,7 +54,7 @@ def test_encode(precision):
 
 def test_pixels_are_clamped_and_truncated():
     g = golden("latents")
-    assert torch.equal(latents.to_uint8(g["vae_sample"]), g["uint8_of_vae_sample"])
+    assert torch.equal(to_uint8(g["vae_sample"]), g["uint8_of_vae_sample"])
 
 
 def test_the_vae_sees_small_batches_and_the_order_stays():

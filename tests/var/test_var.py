@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from var_cases import sample
 
 from neon import NeonError
-from neon.sampling import Streams
+from neon.sampling import Streams, to_uint8
 from nets.autoencoder import Decoder, Encoder, PixelAttention
 from VAR.configs import CONFIGS
 from VAR.loss import code_loss, vqvae_loss
-from VAR.sampler import exponentials, filter_logits, race, sample, sample_codes, to_uint8
+from VAR.sampler import exponentials, filter_logits, race, sample_codes
 from VAR.transformer import Transformer
 from VAR.vqvae import VQVAE
 
@@ -183,10 +184,10 @@ def test_noise_comes_from_each_stream_in_turn():
 
 def test_uint8_truncates():
     images = torch.tensor([-1.0, 0.0, 0.999 / 255, 254.999 / 255, 1.0, 2.0])
-    assert to_uint8(images).tolist() == [0, 0, 0, 254, 255, 255]
+    assert to_uint8(2 * images - 1).tolist() == [0, 0, 0, 254, 255, 255]
 
 
-def test_labels_and_branches_are_dropped_in_training_only():
+def test_labels_and_branches_are_dropped_as_drawn():
     config = dataclasses.replace(DIGITS, label_drop=0.5, drop_path=0.5)
     transformer = Transformer(config)
     for block in transformer.blocks:
@@ -195,25 +196,24 @@ def test_labels_and_branches_are_dropped_in_training_only():
     labels, inputs = torch.arange(8) % 10, torch.randn(8, config.tokens - 1, config.code_channels)
 
     def seeded(seed):
-        return transformer(labels, inputs, torch.Generator().manual_seed(seed))
+        return transformer(labels, inputs, transformer.draw(8, torch.Generator().manual_seed(seed)))
 
     state = torch.get_rng_state()
     assert torch.equal(seeded(1), seeded(1)) and not torch.equal(seeded(1), seeded(2))
     assert torch.equal(torch.get_rng_state(), state)  # nothing came from the global generator
-    transformer.eval()
-    assert torch.equal(seeded(1), seeded(2))
+    assert torch.equal(transformer(labels, inputs), transformer.eval()(labels, inputs))  # nothing without draws
 
 
 def test_label_drop_is_the_no_class_row():
     transformer = Transformer(dataclasses.replace(DIGITS, label_drop=1.0, drop_path=0.0))
     inputs = torch.randn(2, DIGITS.tokens - 1, DIGITS.code_channels)
-    dropped = transformer(torch.tensor([1, 2]), inputs)
+    dropped = transformer(torch.tensor([1, 2]), inputs, transformer.draw(2, torch.Generator()))
     assert torch.equal(dropped, transformer.eval()(torch.tensor([10, 10]), inputs))
 
 
 def test_drop_path_keeps_the_expectation():
     transformer = Transformer(dataclasses.replace(DIGITS, depth=3, drop_path=0.4))
-    factors = transformer.branch_factors(20000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    factors = transformer.branch_factors(transformer.draw(20000, torch.Generator().manual_seed(0)).branches)
     assert factors.shape == (3, 2, 20000, 1, 1)
     assert (factors[0] == 1).all()
     torch.testing.assert_close(factors.mean(2).flatten(), torch.ones(6), rtol=0, atol=0.04)

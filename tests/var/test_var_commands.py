@@ -118,18 +118,18 @@ def test_scripts_shadow_nothing():
 def test_the_recipe_from_end_to_end(checkout):
     """Every script of a folder, in the order of the recipe."""
     base, ref = "checkpoints/tiny.pth", "small.npz"
-    here, kappa = "VAR/VAR_imagenet_256", "--top_k 20"
+    here, sampling = "VAR/VAR_imagenet_256", "--top_k 20"
     few = "--num_images 4 --img_size 8 --depth 4 --metrics fid"
     brief = "--batch 4 --budget 12 --snapshot 8 --precision float32"
-    measure = f"--ref {ref} {SMALL} --metrics fid {kappa}"
+    measure = f"--ref {ref} {SMALL} --metrics fid {sampling}"
     search, final = (f"python -m neon.cli {name} --family var --base {base}" for name in ("search", "final"))
     for command in [
-        f"python {here}/generate_dataset.py --model {base} --seeds 0-11 --out made {kappa}",
+        f"python {here}/generate_dataset.py --model {base} --seeds 0-11 --out made {sampling}",
         f"python {here}/selftrain.py --base {base} --data made --out run {brief}",
         f"{search} --selftrained run --w=0,1 --grid cfg=0,2 --seeds 20-23 --out search.jsonl {measure}",
         f"{final} --search search.jsonl --seeds 30-33 --out final.jsonl {measure}",
         f"python {here}/merge.py --base {base} --selftrained run -w 1.5 --out checkpoints/neon.pth",
-        f"python {here}/calculate_fid.py --var_ckpt checkpoints/neon.pth --fid_stats {ref} {few} {SMALL} {kappa}",
+        f"python {here}/calculate_fid.py --var_ckpt checkpoints/neon.pth --fid_stats {ref} {few} {SMALL} {sampling}",
     ]:
         result = run(command, checkout)
         assert result.returncode == 0, (command, result.stderr[-2000:])

@@ -17,7 +17,7 @@ from neon.family import get_family
 from neon.merge import merge
 from neon.weights.checkpoint import load_weights, save_safetensors
 from VAR import family
-from VAR.augment import enlarged_crops, lanczos_matrix
+from VAR.augment import draw_corners, enlarged_crops, lanczos_matrix
 from VAR.family import RELEASED_VQVAE
 
 SEEDS = torch.tensor([3, 8, 2**32 + 1])
@@ -189,7 +189,8 @@ def test_half_precision_samples(pair, model):
 def loss_of(model, seed=0, **options):
     images = torch.randint(256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(seed)
-    return family.loss(model, images, torch.tensor([0, 1, 2, 3]), generator, **options)
+    draws = family.draw(model, 4, generator, images=lambda: images, **options)
+    return family.loss(model, images, torch.tensor([0, 1, 2, 3]), draws, **options)
 
 
 def test_the_loss_trains_the_transformer_alone(pair):
@@ -229,7 +230,8 @@ def test_enlarging_is_pils(size, enlarged):
 
 def test_crops_are_windows_of_the_enlarged_image():
     images = torch.randint(256, (40, 1, 16, 16), dtype=torch.uint8)
-    crops = enlarged_crops(images, 1.125, torch.Generator().manual_seed(0))
+    corners = draw_corners(40, 16, 1.125, torch.Generator().manual_seed(0))
+    crops = enlarged_crops(images, 1.125, corners)
     assert crops.shape == images.shape and crops.dtype == torch.uint8
     places = set()
     for image, crop in zip(images, crops):

@@ -6,6 +6,7 @@ import torch
 
 from VAR.configs import CONFIGS
 from VAR.family import RELEASED_VQVAE
+from VAR.sampler import sample_codes
 from VAR.transformer import Transformer
 from VAR.vqvae import VQVAE
 
@@ -30,3 +31,9 @@ def write_pair(folder: Path, config, name: str = "var.pth", seed: int = 0) -> Pa
     torch.nn.init.normal_(vqvae.quantize.embedding.weight)
     torch.save(vqvae.state_dict(), folder / RELEASED_VQVAE)
     return folder / name
+
+
+def sample(transformer, vqvae, labels, streams, **options) -> torch.Tensor:
+    """Images (B, C, S, S) float32 in [0, 1], as the original returns them."""
+    _, f_hat = sample_codes(transformer, vqvae.quantize, labels, streams, **options)
+    return (vqvae.decode_latent(f_hat).float().clamp(-1, 1) + 1) / 2

@@ -191,7 +191,7 @@ def test_nothing_is_reused_with_another_vae(checkout, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len({row["vae_sha256"] for row in rows}) == 2 and [row["w"] for row in rows] == [0, 1, 0]
     neon(*generating(tmp_path / "S"))
-    assert "another set (vae differs)" in error_of(*generating(tmp_path / "S"), *other)
+    assert "another set (vae_sha256 differs)" in error_of(*generating(tmp_path / "S"), *other)
     assert "holds another run (vae is" in error_of(*training(tmp_path / "run", "--budget", 8, *other))
 
 

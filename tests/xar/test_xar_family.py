@@ -134,7 +134,8 @@ def test_half_precision_samples(files, model):
 def loss_of(model, seed=0, images=None, **options):
     if images is None:
         images = torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    return family.loss(model, images, torch.arange(len(images)), torch.Generator().manual_seed(seed), **options)
+    draws = family.draw(model, len(images), torch.Generator().manual_seed(seed), images=lambda: images, **options)
+    return family.loss(model, images, torch.arange(len(images)), draws, **options)
 
 
 def test_the_loss_trains_the_transformer_alone(files):
@@ -165,9 +166,9 @@ def test_every_second_image_is_mirrored(tmp_path):
     image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
     seen = []
     encode, model.vae.encode = model.vae.encode, lambda x, noise: seen.append(x) or encode(x, noise)
-    loss = family.loss(
-        model, image.expand(200, -1, -1, -1), torch.zeros(200, dtype=int), torch.Generator().manual_seed(0), flip=True
-    )
+    images, labels = image.expand(200, -1, -1, -1), torch.zeros(200, dtype=int)
+    draws = family.draw(model, 200, torch.Generator().manual_seed(0), images=lambda: images, flip=True)
+    loss = family.loss(model, images, labels, draws, flip=True)
     pixels = ((seen[0] + 1) * 127.5).round()
     plain, mirrored = ((pixels == x).flatten(1).all(1) for x in (image, image.flip(-1)))
     assert loss.isfinite() and (plain ^ mirrored).all() and 70 < mirrored.sum() < 130

@@ -8,7 +8,8 @@ import pytest
 import torch
 from fill import fill_parameters, inputs
 
-from xAR.vae import LATENT_SCALE, AutoencoderKL, to_uint8
+from neon.sampling import to_uint8
+from xAR.vae import LATENT_SCALE, AutoencoderKL
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "xar"
 
