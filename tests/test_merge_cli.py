@@ -457,8 +457,9 @@ def test_keys(tmp_path, trees, capsys, case):
         main(command)
         *keys, wanted = KEYS[case]
         said = re.sub(" +", " ", capsys.readouterr().out).splitlines()
-        for line, side, file, key in zip(said, ("base", "self-trained"), ("base.pth", selftrained), keys):
-            assert line == f"{side} {tmp_path / file} ({'flat' if key == 'flat' else f'key {key}'})"
+        base, new = ("flat" if key == "flat" else f"key {key}" for key in keys)
+        assert said[0] == f"base {tmp_path / 'base.pth'} ({base})"
+        assert said[1] == f"self-trained {tmp_path / selftrained} ({new})"
         tree = torch.load(tmp_path / "out.pth")
         assert tree[keys[0]]["weight"].tolist() == [wanted] * 2
     else:
