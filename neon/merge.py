@@ -15,13 +15,21 @@ from neon import NeonError
 def merge_tensor(base: torch.Tensor, selftrained: torch.Tensor, w: float) -> torch.Tensor:
     """θ_r − w (θ_s − θ_r), computed in at least float32 and returned in base's dtype and on its device.
 
-    The difference form loses nothing when θ_s ≈ θ_r, where (1 + w) θ_r − w θ_s cancels; it also returns a tensor that
-    is equal on both sides unchanged.
+    The difference form loses nothing when θ_s ≈ θ_r, where (1 + w) θ_r − w θ_s cancels.
     """
     wide = torch.promote_types(base.dtype, torch.float32)
     reference = base.to(wide)
     drift = selftrained.to(base.device, wide) - reference
     return drift.mul_(-w).add_(reference).to(base.dtype)
+
+
+def merge_modules(base: torch.nn.Module, selftrained: torch.nn.Module, w: float) -> dict[str, torch.Tensor]:
+    """The merged state dict of two modules of one architecture, for load_state_dict; buffers are the base's.
+
+    Raises NeonError as merge does. Tensors taken from the base share its memory.
+    """
+    buffers = dict(base.named_buffers(remove_duplicate=False))  # all names of a buffer that has several
+    return dict(merge(base.state_dict(), selftrained.state_dict(), w, buffers.__contains__))
 
 
 @torch.no_grad()
@@ -30,13 +38,13 @@ def merge(
     selftrained: Mapping[str, torch.Tensor],
     w: float,
     is_buffer: Callable[[str], bool] = lambda name: False,
+    observe: Callable[[str, torch.Tensor, torch.Tensor, str | None], None] = lambda *seen: None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, merged tensor) in base's order, one at a time.
 
-    Learned parameters are merged. Taken from the base as they are: tensors that are not floating point, tensors for
-    which is_buffer(name), and all of them if w = 0. Raises NeonError, naming the tensor, if names or shapes differ,
-    or if a merged weight is not finite (save in a mask: infinities in a tensor that is equal on both sides); and if w
-    is not finite.
+    Learned parameters are merged; the rest is taken from the base as it is, see reason_to_keep. With w = 0 all of it
+    is. observe(name, θ_r's tensor, θ_s's tensor, reason to keep or None) is called before each is yielded.
+    Raises NeonError, naming the tensor, if names or shapes differ or a merged weight is not finite, and if w is not.
     """
     if not math.isfinite(w):
         raise NeonError(f"w must be finite, not {w}")
@@ -47,18 +55,25 @@ def merge(
             raise NeonError(
                 f"{name}: shape {tuple(old.shape)} in the base, {tuple(new.shape)} in the self-trained model"
             )
-        if not old.is_floating_point() or is_buffer(name):
-            yield name, old
-            continue
-        merged = merge_tensor(old, new, w) if w else old
-        if is_finite(merged):
-            yield name, merged
-        elif (old == new.to(old)).all():  # a mask
-            yield name, old
-        else:
+        reason = reason_to_keep(name, old, new, is_buffer)
+        observe(name, old, new, reason)
+        merged = merge_tensor(old, new, w) if w and not reason else old
+        if not reason and not is_finite(merged):
             overflow = f"merge with w = {w} in {old.dtype}"
             where = "base" if not is_finite(old) else "self-trained model" if not is_finite(new) else overflow
             raise NeonError(f"{name}: not finite in the {where}")
+        yield name, merged
+
+
+def reason_to_keep(name: str, old: torch.Tensor, new: torch.Tensor, is_buffer: Callable[[str], bool]) -> str | None:
+    """Why θ_neon has the base's tensor: 'buffer', 'not floating point', 'equal on both sides'; None: it is merged."""
+    if is_buffer(name):
+        return "buffer"
+    if not (old.is_floating_point() or old.is_complex()):
+        return "not floating point"
+    both = torch.promote_types(old.dtype, new.dtype)
+    equal = torch.equal(old.to(both), new.to(old.device, both))  # frozen layers, and masks with their infinities
+    return "equal on both sides" if equal else None
 
 
 def check_same_names(base: Mapping, selftrained: Mapping) -> None:
@@ -71,4 +86,5 @@ def check_same_names(base: Mapping, selftrained: Mapping) -> None:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Ten times faster than tensor.isfinite().all(): NaN propagates into both extremes."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in tensor.aminmax())

@@ -330,14 +330,14 @@ def test_safetensors_with_a_huge_or_lying_header(tmp_path):
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"a": "../outside.safetensors"}, "not the name of a .safetensors file beside it"),
+        ({"a": "../outside.safetensors"}, "not the name of a .safetensors file next to it"),
         ({"a": "/etc/passwd"}, "not the name of"),
         ({"a": "sub/model.safetensors"}, "not the name of"),
         ({"a": ".."}, "not the name of"),
         ({"a": ""}, "not the name of"),
         ({"a": 5}, "not the name of"),
         ({"a": "gone.safetensors"}, "gone.safetensors: no such file"),
-        ({"other": "model.safetensors"}, "lacks other"),
+        ({"other": "model.safetensors"}, "other is missing, though the index says"),
         ({}, "no weight_map"),
         ([], "no weight_map"),
         (None, "no weight_map"),
@@ -371,7 +371,10 @@ def test_files_without_a_state_dict(tmp_path):
         ([torch.ones(1)], "holds a list"),
         (torch.ones(1), "holds a Tensor"),
         ({}, "0 entries: none"),
-        ({"epoch": 1, "model": {"a": torch.ones(1), "b": 2}}, "2 entries: epoch, model .choose one with --key"),
+        (
+            {"epoch": 1, "model": {"a": torch.ones(1), "b": 2}},
+            "2 entries: epoch, model .choose one with --key, or",
+        ),
         ({0: torch.ones(1)}, "no dict of tensors"),
         (dict.fromkeys(map(str, range(5000))), "5000 entries: 0, 1, 2, 3, 4, 5, 6, 7 "),
     ):

@@ -121,6 +121,12 @@ def test_bfloat16_against_a_float32_model():
     assert torch.equal(result, (base.double() - 2 * (new.double() - base.double())).bfloat16())
 
 
+def test_a_drift_that_bfloat16_cannot_hold_is_merged():
+    """1.001 is 1 in bfloat16, but it is not equal to it: eight times the drift back is 0.992."""
+    base, new = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.001])
+    assert merged({"a": base}, {"a": new}, 8.0)["a"].item() == torch.tensor(0.992).bfloat16().item() != 1.0
+
+
 def test_inputs_are_not_changed():
     base, new = {"a": torch.ones(3)}, {"a": torch.full((3,), 2.0)}
     assert merged(base, new, 1.0)["a"].tolist() == [0.0, 0.0, 0.0]

@@ -26,7 +26,8 @@ from neon.merge import merge
 from neon.sampling import parse_seeds
 from neon.search import check_sampled_alike, final_points, grid, parse_grid
 from neon.selftrain import snapshots, train
-from neon.weights.checkpoint import open_weights, write_safetensors, write_weights
+from neon.weights.checkpoint import check_same_key, open_weights, write_safetensors, write_weights
+from neon.weights.summary import MergeSummary, buffer_rules
 
 
 def run_download(args) -> None:
@@ -49,9 +50,16 @@ def run_download(args) -> None:
 
 
 def run_merge(args) -> None:
-    buffers = {"is_buffer": get_family(args.family).is_buffer} if args.family else {}
+    family = get_family(args.family) if args.family else None
     with open_weights(args.base, args.key) as base, open_weights(args.selftrained, args.selftrained_key) as selftrained:
-        write_weights(args.out, base, merge(base, selftrained, args.w, **buffers))
+        if not (args.key and args.selftrained_key):
+            check_same_key(base, selftrained)
+        summary = MergeSummary(buffer_rules(base, family, args.buffers))
+        write_weights(args.out, base, merge(base, selftrained, args.w, summary.is_buffer, summary.observe))
+    print(f"base           {base.origin}\nself-trained   {selftrained.origin}")
+    print(*summary.lines(), sep="\n")
+    for warning in summary.warnings():
+        print("warning:", warning, file=sys.stderr)
 
 
 def run_inspect(args) -> None:
@@ -61,7 +69,8 @@ def run_inspect(args) -> None:
             print(f"{name}  {str(dtype).removeprefix('torch.')}  {'×'.join(map(str, shape)) or 'scalar'}")
         values = sum(math.prod(shape) for _, shape in specs.values())
         size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
-        print(f"\nformat   {weights.format}\ntensors  {len(specs)}, {values:,} values, {size / 2**20:,.1f} MiB")
+        print(f"\nformat   {weights.format}\nkey      {weights.key or 'none (flat)'}")
+        print(f"tensors  {len(specs)}, {values:,} values, {size / 2**20:,.1f} MiB")
         for key, value in weights.metadata.items():
             print(f"{key}  {value}")
     print(f"sha256   {sha256(args.file)}")
@@ -72,6 +81,7 @@ def run_convert(args) -> None:
         raise NeonError(f"{args.out}: converted checkpoints are .safetensors")
     with open_weights(args.file, args.key) as weights:
         write_safetensors(args.out, {name: weights.spec(name) for name in weights}, weights.items(), weights.metadata)
+        print(f"{args.out}: from {weights.origin}")
 
 
 def run_train(args) -> None:

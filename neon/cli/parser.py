@@ -57,9 +57,13 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     p.add_argument("--selftrained", type=checkpoint, required=True, help="checkpoint of θ_s, any of the formats")
     p.add_argument("-w", type=float, required=True, help="strength; 0 is the base, −1 the self-trained model")
     p.add_argument("--out", required=True)
-    p.add_argument("--key", help="where the state dict lies in a nested base, such as trainer.var_wo_ddp")
-    p.add_argument("--selftrained_key", help="the same for θ_s")
-    p.add_argument("--family", help="the family knows which tensors are buffers")
+    p.add_argument(
+        "--key",
+        help="where the state dict is in a nested base, such as trainer.var_wo_ddp (default: its EMA, if there is one)",
+    )
+    p.add_argument("--selftrained_key", help="the same for θ_s; if it is not the base's key, give both options")
+    p.add_argument("--family", help="take what the family knows to be buffers from the base")
+    p.add_argument("--buffers", metavar="REGEX", help="take tensors from the base if REGEX is found in their names")
 
     p = command("train", "run_train", "train a base from nothing")
     p.add_argument("--network", required=True, help="named network configuration of the family")
@@ -118,12 +122,12 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
 
     p = command("inspect", "run_inspect", "what a checkpoint holds, without executing anything in it")
     p.add_argument("file", type=checkpoint)
-    p.add_argument("--key", help="where the state dict lies in a nested file")
+    p.add_argument("--key", help="where the state dict is in a nested file (default: its EMA, if there is one)")
 
     p = command("convert", "run_convert", "rewrite a checkpoint of any format as .safetensors")
     p.add_argument("file", type=checkpoint)
     p.add_argument("out")
-    p.add_argument("--key", help="where the state dict lies in a nested file")
+    p.add_argument("--key", help="where the state dict is in a nested file (default: its EMA, if there is one)")
 
     p = command("reference", "run_reference", "statistics of real images, for FID, KID, precision and recall")
     p.add_argument("--images", help="folder, .zip, or .parquet files (a folder of them, or 'train-*.parquet')")

@@ -1,6 +1,6 @@
 """Weights in files, in their native formats, read as data: nothing in a file is ever executed.
 
-`open_weights` gives a read-only mapping from names to tensors which loads a tensor when it is asked for;
+`open_weights` returns a read-only mapping from names to tensors, which loads a tensor when it is asked for.
 `write_weights` writes one in the format and nesting of another, tensor by tensor.
 
     .safetensors                        one file, or a folder (or its *.index.json) with shards
@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from neon import NeonError
 from neon.files import atomic, existing, read_json
 
-# Where the public checkpoints keep the weights that are sampled from, best first; dots step into nested dicts.
+# Where public checkpoints keep the weights that are sampled from, best first (EMA before raw); dots enter nested dicts.
 STATE_KEYS = ("model_ema", "ema_model", "ema", "trainer.var_wo_ddp", "var_wo_ddp", "state_dict", "model")
 
 DTYPES = {
@@ -46,13 +46,21 @@ class Weights(Mapping[str, torch.Tensor]):
     """Named tensors of one file, in the file's order.
 
     path: where they come from; format: 'safetensors', 'torch' or 'pickle'; metadata: str → str, what the file says
-    of itself (safetensors), or the recorded constructor arguments (pickle).
+    of itself (safetensors), or the recorded constructor arguments (pickle). key: where they lie in a nested file, a
+    dotted path ('' in a flat one). buffers: names of those that the file itself marks as buffers (pickle).
     """
 
     path: Path
     format: str
     metadata: dict[str, str]
+    key: str = ""
+    buffers: Collection[str] = ()
     _names: Collection[str]
+
+    @property
+    def origin(self) -> str:
+        """The file and the key, for people."""
+        return f"{self.path} ({f'key {self.key}' if self.key else 'flat'})"
 
     def __iter__(self):
         return iter(self._names)
@@ -99,7 +107,7 @@ class SafetensorsWeights(Weights):
                 self.metadata |= header.pop("__metadata__", {})
                 for name in names or header:
                     if name not in header:
-                        raise NeonError(f"{path}: lacks {name}, which the index places there")
+                        raise NeonError(f"{path}: {name} is missing, though the index says that it is there")
                     if header[name]["dtype"] not in DTYPES:
                         raise NeonError(f"{path}: {name} is of dtype {header[name]['dtype']}, which is not supported")
                     self._spec[name] = DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])
@@ -108,7 +116,7 @@ class SafetensorsWeights(Weights):
 
     def __getitem__(self, name):
         (dtype, shape), (file, start) = self._spec[name], self._place[name]
-        tensor = torch.empty(shape, dtype=dtype)  # read, not mapped: what was read does not stay in memory
+        tensor = torch.empty(shape, dtype=dtype)  # read, not mapped: mapped pages would stay in memory
         file.seek(start)
         if file.readinto(_bytes(tensor)) != tensor.nbytes:
             raise NeonError(f"{file.name}: truncated while it was read")
@@ -122,7 +130,7 @@ class SafetensorsWeights(Weights):
 
 
 class TorchWeights(Weights):
-    """A torch.save file. tree: everything in it; key: the path of the state dict inside, as a tuple of keys."""
+    """A torch.save file. tree: everything in it."""
 
     format = "torch"
 
@@ -137,16 +145,17 @@ class TorchWeights(Weights):
 
 
 class PickleWeights(Weights):
-    """An EDM or IMM .pkl: the `ema` network's tensors; metadata holds its recorded constructor call."""
+    """An EDM or IMM .pkl: the tensors of one network in it; metadata holds its recorded constructor call."""
 
     format = "pickle"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, key: str | None = None):
         from neon.weights.unpickle import read_pickle
 
-        self.path = path
-        self.model = read_pickle(path)
+        self.path, self.key = path, key or "ema"
+        self.model = read_pickle(path, self.key)
         self._names = self.model.state_dict
+        self.buffers = self.model.state_dict.keys() - self.model.parameters
         self.metadata = {
             "class_name": self.model.class_name,
             "init_kwargs": json.dumps(self.model.init_kwargs, default=str),
@@ -159,17 +168,29 @@ class PickleWeights(Weights):
 def open_weights(path: str | Path, key: str | None = None) -> Weights:
     """Open a checkpoint for reading; use it as a context manager.
 
-    key: dotted path of the state dict inside a nested .pth/.ckpt; default: the first of STATE_KEYS that is there.
-    Raises NeonError if the file is missing, damaged, of an unknown kind, or holds anything but data.
+    key: dotted path of the state dict inside a nested .pth/.ckpt; default: the first of STATE_KEYS that is there. In a
+    .pkl: the network's entry, by default 'ema'. Raises NeonError if the file is missing, damaged, of an unknown kind,
+    holds anything but data, or nothing at the key.
     """
     path = existing(path)
     if path.is_dir() or path.suffix == ".safetensors" or path.name.endswith(".index.json"):
+        if key:
+            raise NeonError(f"{path}: safetensors files are flat, there is no key {key!r} in one")
         return SafetensorsWeights(path)
     if path.suffix in TORCH_SUFFIXES:
         return TorchWeights(path, key)
     if path.suffix == ".pkl":
-        return PickleWeights(path)
+        return PickleWeights(path, key)
     raise NeonError(f"{path}: unknown kind of checkpoint (know .safetensors, .pth, .pt, .ckpt, .pkl)")
+
+
+def check_same_key(base: Weights, selftrained: Weights) -> None:
+    """Raises NeonError if both are nested and were taken from different keys, such as 'model_ema' and 'model'."""
+    if base.key and selftrained.key and base.key != selftrained.key:
+        raise NeonError(
+            f"the base is {base.origin}; the self-trained model is {selftrained.origin}; "
+            "say with both --key and --selftrained_key which to merge"
+        )
 
 
 def load_weights(path: str | Path, key: str | None = None) -> dict[str, torch.Tensor]:
@@ -182,9 +203,9 @@ def write_weights(path: str | Path, like: Weights, tensors: Iterable[tuple[str, 
     """Write (name, tensor) pairs to `path` in the format, order, nesting and dtypes of `like`, atomically.
 
     One tensor at a time is in memory. Whatever else `like` holds (metadata; epoch, args and other entries around a
-    nested state dict) is carried over. The likes of .pkl are written as .safetensors, since the original format
-    embeds the source of the program that wrote it. Raises NeonError if the suffix does not fit the format, or if the
-    folder for shards is there already.
+    nested state dict) is copied. Weights from a .pkl are written as .safetensors, since the original format contains
+    the source of the program that wrote it. Raises NeonError if the suffix does not fit the format, or if the folder
+    for shards already exists.
     """
     path = Path(path)
     sharded = like.format == "safetensors" and like.path.suffix != ".safetensors"
@@ -213,9 +234,11 @@ def write_safetensors(
     tensors: Iterable[tuple[str, torch.Tensor]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Stream (name, tensor) pairs, in any order, to a .safetensors file whose header is known beforehand.
+    """Write (name, tensor) pairs, in any order and one at a time, to a .safetensors file, atomically.
 
-    The safetensors library writes a whole dict at once; a merge should not need the memory of one.
+    specs: their dtypes and shapes, in the file's order. (The safetensors library writes a whole dict at once; a merge
+    should not need the memory of one.) Raises NeonError if a pair is missing or not as its spec says, or if a dtype is
+    not supported.
     """
     header: dict = {"__metadata__": dict(metadata)} if metadata else {}
     header |= dict.fromkeys(specs)
@@ -234,12 +257,12 @@ def write_safetensors(
         data_start = f.tell()
         for name, tensor in tensors:
             if (tensor.dtype, tuple(tensor.shape)) != specs[name]:
-                raise NeonError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} where {specs[name]} was announced")
+                raise NeonError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} where {specs[name]} was expected")
             f.seek(data_start + offsets[name])
             f.write(_bytes(tensor.detach().cpu().contiguous()))
             del missing[name]
         if missing:
-            raise NeonError(f"{next(iter(missing))}: announced but not given")
+            raise NeonError(f"{next(iter(missing))}: expected but not given")
 
 
 def _write_file(path: Path, like: Weights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -247,7 +270,7 @@ def _write_file(path: Path, like: Weights, tensors: Iterable[tuple[str, torch.Te
 
 
 def _write_shards(path: Path, like: SafetensorsWeights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    if path.exists():  # it may hold anything
+    if path.exists():  # it may hold anything, which would be deleted
         raise NeonError(f"{path}: exists; remove it or choose another folder")
     pairs: Iterator[tuple[str, torch.Tensor]] = iter(tensors)
     with atomic(path) as partial:
@@ -260,26 +283,26 @@ def _write_shards(path: Path, like: SafetensorsWeights, tensors: Iterable[tuple[
 
 
 def _write_torch(path: Path, like: TorchWeights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    # torch.save wants all tensors at once, so they wait in a memory-mapped scratch file instead of in memory.
+    # torch.save needs all tensors at once: they are kept in a memory-mapped scratch file, not in memory.
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch, atomic(path) as partial:
         waiting = Path(scratch, "tensors")
         _write_file(waiting, like, tensors)
         with safe_open(waiting, framework="pt") as mapped:
             state = {name: mapped.get_tensor(name) for name in like}
-            # Empty ones lie at the address of the next, which torch.save takes for one tensor with two dtypes.
+            # An empty one has the address of the next: torch.save would see one storage with two dtypes.
             state = {name: tensor if tensor.numel() else tensor.clone() for name, tensor in state.items()}
-            torch.save(_replace(like.tree, like.key, state), partial)
+            torch.save(_replace(like.tree, _steps(like.key), state), partial)
 
 
-def _replace(tree, key: tuple[str, ...], state: dict):
-    """`tree` with the state dict at `key` replaced; nothing is changed in place."""
-    return {**tree, key[0]: _replace(tree[key[0]], key[1:], state)} if key else state
+def _replace(tree, steps: list[str], state: dict):
+    """A copy of `tree` with another state dict at the end of `steps`."""
+    return {**tree, steps[0]: _replace(tree[steps[0]], steps[1:], state)} if steps else state
 
 
 def _torch_load(path: Path):
     try:
-        # Namespace: the command line that many training scripts store; it is inert.
+        # Namespace: the command line, which many training scripts store; it runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -291,19 +314,25 @@ def _torch_load(path: Path):
         raise NeonError(f"{path}: not a readable torch checkpoint ({reason})") from None
 
 
-def _find_state(tree, key: str | None, path: Path) -> tuple[tuple[str, ...], dict[str, torch.Tensor]]:
-    """The key and the state dict: the given key, or the tree itself if it is flat, or the first of STATE_KEYS."""
+def _steps(key: str) -> list[str]:
+    """The keys to follow from the root to a dotted key; none to ''."""
+    return key.split(".") if key else []
+
+
+def _find_state(tree, key: str | None, path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """The key and the state dict: the given key, or '' if the tree itself is one, or the first of STATE_KEYS."""
     if not isinstance(tree, dict):
         raise NeonError(f"{path}: holds a {type(tree).__name__}, not a dict of tensors")
     for candidate in [key] if key else ["", *STATE_KEYS]:
-        keys, state = tuple(candidate.split(".")) if candidate else (), tree
-        for k in keys:
-            state = state.get(k) if isinstance(state, dict) else None
+        state = tree
+        for step in _steps(candidate):
+            state = state.get(step) if isinstance(state, dict) else None
         if isinstance(state, dict) and state and all(_is_weight(*item) for item in state.items()):
-            return keys, state
+            return candidate, state
     where = f"no dict of tensors at {key!r}" if key else "no dict of tensors found"
     entries = ", ".join([*map(str, tree)][:8]) or "none"
-    raise NeonError(f"{path}: {where}; it has {len(tree)} entries: {entries} (choose one with --key)")
+    how = "choose one with --key, or --selftrained_key for θ_s"
+    raise NeonError(f"{path}: {where}; it has {len(tree)} entries: {entries} ({how})")
 
 
 def _is_weight(name, value) -> bool:
@@ -330,7 +359,7 @@ def _shards(path: Path) -> dict[Path, list[str] | None]:
     shards: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
         if not (isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")):
-            raise NeonError(f"{index}: shard {file!r} is not the name of a .safetensors file beside it")
+            raise NeonError(f"{index}: shard {file!r} is not the name of a .safetensors file next to it")
         shards.setdefault(index.parent / file, []).append(name)
     return shards
 
@@ -347,7 +376,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def check_fits(module: torch.nn.Module, weights: Weights | Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Raises NeonError, naming the first tensor that is missing, extra or misshapen. The module may be on 'meta'."""
+    """Raises NeonError that names the first missing, extra or differently shaped tensor. module may be on 'meta'."""
     state = module.state_dict()
     shape_of = (lambda name: weights.spec(name)[1]) if isinstance(weights, Weights) else (lambda n: weights[n].shape)
     for name in [*state, *weights]:
@@ -360,7 +389,7 @@ def check_fits(module: torch.nn.Module, weights: Weights | Mapping[str, torch.Te
 
 @torch.no_grad()
 def load_into(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Copy weights into a module whose names and shapes agree. Raises NeonError if not, see check_fits."""
+    """Copy weights into a module, cast to its dtypes. Raises NeonError if names or shapes differ, see check_fits."""
     check_fits(module, weights, source)
     state = module.state_dict()
     for name in state:

@@ -1,4 +1,4 @@
-"""Networks that remember their constructor's arguments, and files that record them: EDM's and IMM's .pkl, our own."""
+"""Networks that keep their constructor's arguments, and files that record them: EDM's and IMM's .pkl, and our own."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ def build(network: type[nn.Module], kwargs: Mapping) -> nn.Module:
 
 
 def metadata(net: nn.Module) -> dict[str, str]:
-    """What `load` needs beside the weights, under the names that neon.weights.checkpoint gives to a pickle's record."""
+    """What `load` needs in addition to the weights; the same keys as neon.weights.checkpoint uses for a .pkl."""
     return {"class_name": type(net).__name__, "init_kwargs": json.dumps(net.init_kwargs)}
 
 
@@ -33,8 +33,8 @@ def load(
 ) -> tuple[nn.Module, dict[str, str]]:
     """(network, metadata) of a checkpoint, in eval mode and without gradients; options override its constructor's.
 
-    kind: what errors call it. unrecorded: the constructor's arguments if the file records none. Raises NeonError if the
-    file holds another class or no arguments where it must, or if its tensors do not fit them.
+    kind: its name in error messages. unrecorded: the constructor's arguments for a file that records none; without them
+    that is an error. Raises NeonError also if the file holds another class, or if its tensors do not fit.
     """
     with open_weights(path) as weights:
         try:
@@ -44,7 +44,7 @@ def load(
             kwargs = json.loads(record) if record else unrecorded
             if kwargs is None:
                 raise NeonError("it does not record the network's constructor arguments")
-            with torch.device("meta"):  # no time for initial values that are overwritten
+            with torch.device("meta"):  # initial values would only be overwritten
                 net = build(network, {**kwargs, **options})
         except (NeonError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
             raise NeonError(f"{path}: no {kind} checkpoint ({error})") from None

@@ -1,14 +1,14 @@
 """The `.pkl` checkpoints of EDM and IMM, read as data: nothing they name is imported, nothing they hold is run.
 
 Such a file pickles whole modules together with their source text, which the original reader executes. A pickle
-is a program for a small stack machine; `_Machine` below is another machine for it, with only the opcodes that a
+is a program for a small stack machine. `_Machine` below is another machine for it, with only the opcodes that a
 checkpoint needs. (`pickle.Unpickler` imports, calls, recurses and allocates as the file says.) In it
 
 - a global is a name on the lists below and stays a name (`Global`); any other name is an error;
-- calling one gives a dict, a number, a place in the file or an inert `Record`, never anything live;
-- a tensor is a place in the file (`Blob`, `Storage`, `View`), checked against the bytes that are there, and read
-  when the whole file has been understood: memory is the tensors asked for and a bounded remainder;
-- nothing recurses as deep as the file likes, and opcodes, text, names and the module tree have limits.
+- a call of one returns a dict, a number, a place in the file or a `Record`: data, never a live object;
+- a tensor is a place in the file (`Blob`, `Storage`, `View`), checked against the size of the file, and read after
+  the whole pickle: memory is bounded, except for the tensors that are asked for;
+- the file cannot choose a depth of recursion; opcodes, text, names and the module tree have limits.
 """
 
 import itertools
@@ -26,21 +26,21 @@ import torch
 
 from neon import NeonError
 
-# Names that may stand in a file and mean nothing: called, they give a Record. Those that mean something are in _CALLS.
+# Names that a file may contain and that do nothing: a call of one makes a Record. Names that do something: _CALLS.
 _DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 _TYPES = {f"builtins.{name}" for name in ("bool", "int", "float", "str", "list", "dict")}
 _INERT = {"numpy.dtype", "typing.Any", *_DTYPES, *_TYPES}
 _INERT_CLASSES = re.compile(r"(torch\.nn\.modules|timm|omegaconf)(\.\w+)+")
 
-# The only names that may stand in the stream of a storage; the numpy scalars that occur.
+# The only names that the stream of a storage may contain; the numpy scalars that occur.
 _STORAGES = {
     "torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64, "torch.HalfStorage": torch.float16,
     "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
 }  # fmt: skip
 _SCALARS = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i"}
 
-# Opcodes: the operand that follows one; values that one pushes; containers that one makes or fills, from so many
-# items of the stack, or from all above the mark. `_Machine.run` has the others.
+# Opcodes: the format of the operand after it; the value that it pushes; the container that it makes or fills, from
+# that number of items of the stack or from all above the mark. `_Machine.run` has the others.
 _OPERANDS = {
     pickle.PROTO: "<B", pickle.FRAME: "<Q",
     pickle.BINGET: "<B", pickle.LONG_BINGET: "<I", pickle.BINPUT: "<B", pickle.LONG_BINPUT: "<I",
@@ -55,8 +55,8 @@ _FILL = {
     pickle.SETITEM: (dict, 2), pickle.SETITEMS: (dict, "mark"),
 }  # fmt: skip
 
-_BUDGET = 2**26  # bytes of text in a file, of which each opcode counts for …
-_OPCODE = 64  # … so many: a million opcodes, ten times what the largest network has
+_BUDGET = 2**26  # bytes of text in a file
+_OPCODE = 64  # bytes of the budget for each opcode: a million opcodes, ten times what the largest network has
 _MAX_KEY = 256  # characters of a dictionary's key
 _MAX_NAME = 1024  # characters of a tensor's name: bounds the depth of the module tree
 _MAX_NODES = 100_000  # entries of the module tree; values in the constructor's options
@@ -69,14 +69,14 @@ class UnsafePickleError(NeonError):
 
 @dataclass(frozen=True)
 class Global:
-    """A name that stands in the file. It is never looked up."""
+    """A name in the file. It is never looked up."""
 
     name: str
 
 
 @dataclass(eq=False, slots=True)
 class Record:
-    """An object of the file. Compared by identity and printed by name, as what it holds may be endless."""
+    """An object of the file. Compared by identity and printed by name: its content may have no end."""
 
     class_name: str
     args: tuple = field(repr=False)
@@ -102,7 +102,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class View:
-    """A strided part of a storage, counted in elements; it lies within."""
+    """A strided part of a storage, counted in elements; all of it is inside."""
 
     storage: Storage
     offset: int
@@ -112,10 +112,9 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class PickledModel:
-    """A module tree. Options are plain values and torch dtypes; whatever else they hold stays inert."""
+    """A module tree. Options are plain values and torch dtypes; anything else in them stays a Record or a Global."""
 
     class_name: str
-    init_args: tuple
     init_kwargs: dict[str, Any]
     state_dict: dict[str, torch.Tensor] = field(repr=False)  # names and order of the original's state_dict()
     parameters: frozenset[str] = field(repr=False)  # those of state_dict that are parameters; the rest are buffers
@@ -124,8 +123,8 @@ class PickledModel:
 def read_pickle(path: str | Path, entry: str = "ema") -> PickledModel:
     """The module `entry` of an EDM or IMM checkpoint; tensors on the CPU, with the dtypes and shapes of the file.
 
-    Raises UnsafePickleError if the file names or does anything unlisted or exceeds a limit, NeonError if it cannot
-    be read, is damaged or has no such module.
+    Raises UnsafePickleError if the file names or does anything that is not listed, or exceeds a limit; NeonError if it
+    cannot be read, is damaged or has no such module.
     """
     try:
         with open(path, "rb") as file:
@@ -135,9 +134,9 @@ def read_pickle(path: str | Path, entry: str = "ema") -> PickledModel:
             module, (views, parameters) = root[entry], _views(root[entry])
             storages = dict.fromkeys(view.storage for view in views.values())  # one that is shared is read once
             data = {storage: _read(file, storage) for storage in storages}
-        args, kwargs = (_options(module.state.get(key)) for key in ("_init_args", "_init_kwargs"))
-        if not (isinstance(args, tuple) and isinstance(kwargs, dict)):
-            raise NeonError(f"{module.class_name!r} does not say how it was constructed")
+        kwargs = _options(module.state.get("_init_kwargs"))
+        if module.state.get("_init_args") != () or not isinstance(kwargs, dict):
+            raise NeonError(f"{module.class_name!r} does not record its constructor's arguments by name")
     except OSError as error:
         raise NeonError(f"{path}: {error.strerror}") from None
     except (IndexError, KeyError, ValueError):  # an empty stack, an unset memo, broken text, a key without a value
@@ -145,7 +144,7 @@ def read_pickle(path: str | Path, entry: str = "ema") -> PickledModel:
     except NeonError as error:
         raise type(error)(f"{path}: {error}") from None
     state = {name: data[view.storage].as_strided(view.size, view.stride, view.offset) for name, view in views.items()}
-    return PickledModel(module.class_name, args, kwargs, state, parameters)
+    return PickledModel(module.class_name, kwargs, state, parameters)
 
 
 def _views(root: Any) -> tuple[dict[str, View], frozenset[str]]:
@@ -160,7 +159,7 @@ def _views(root: Any) -> tuple[dict[str, View], frozenset[str]]:
             raise NeonError(f"{prefix[:-1] or 'the entry'!r} is not a module")
         nodes += 1 + len(parameters) + len(buffers) + len(children)
         if nodes > _MAX_NODES or len(prefix) > _MAX_NAME:  # a cycle, or one module in very many places
-            raise UnsafePickleError("a tree of modules without end")
+            raise UnsafePickleError("the tree of modules has no end")
         own = [*parameters.items(), *((key, view) for key, view in buffers.items() if key not in transient)]
         for key, view in own:
             if view is None:  # an absent bias, say
@@ -174,10 +173,10 @@ def _views(root: Any) -> tuple[dict[str, View], frozenset[str]]:
 
 
 def _options(value: Any, depth: int = 0, nodes: itertools.count | None = None) -> Any:
-    """A copy with torch's dtypes and without omegaconf's wrappers; other inert objects stay what they are."""
+    """A copy with torch's dtypes and without omegaconf's wrappers; other Records and Globals stay as they are."""
     nodes = nodes or itertools.count()
     if depth > _MAX_DEPTH or next(nodes) > _MAX_NODES:  # a cycle, or one value in very many places
-        raise UnsafePickleError("constructor options without end")
+        raise UnsafePickleError("the constructor options have no end")
     match value:
         case Global(name) if name in _DTYPES:
             return _DTYPES[name]
@@ -269,7 +268,7 @@ class _Machine:
                     state = stack.pop()
                     if not isinstance(stack[-1], Record):
                         raise UnsafePickleError("gives a state to something that is not an object")
-                    stack[-1].state = state  # stays beside it: no __setstate__, no attributes
+                    stack[-1].state = state  # kept as data: no __setstate__, no attributes
                 case pickle.BINPERSID if in_storage:
                     pass  # the description of a storage stands for the storage
                 case pickle.FRAME:
@@ -301,7 +300,7 @@ class _Machine:
         return size
 
     def call(self, callee: Any, args: Any) -> Any:
-        """What a call in the file gives: a Record, or what _CALLS says of the name."""
+        """The result of a call in the file: a Record, or what the function in _CALLS returns."""
         if not (isinstance(callee, Global) and isinstance(args, tuple)):
             raise UnsafePickleError("calls something that is not a listed name")
         if callee.name not in _CALLS:
@@ -315,7 +314,7 @@ class _Machine:
 
 def _listed(module: Any, name: Any, in_storage: bool) -> Global:
     """The name, if it is on the list."""
-    full = f"{module}.{name}" if type(module) is type(name) is str else "something that is no name"
+    full = f"{module}.{name}" if type(module) is type(name) is str else "something that is not a name"
     if in_storage:
         known = full in _STORAGES
     else:
@@ -326,7 +325,7 @@ def _listed(module: Any, name: Any, in_storage: bool) -> Global:
 
 
 def _fill(target: Any, kind: type, items: list) -> None:
-    """Add items to a list or set, or keys and values by turns to a dict."""
+    """Add items to a list or set, or alternating keys and values to a dict."""
     if type(target) is not kind:
         raise UnsafePickleError(f"adds to something that is not a {kind.__name__}")
     if kind is list:
@@ -344,7 +343,7 @@ def _mapping(machine: _Machine, args: tuple) -> dict | None:
 
 
 def _persistent(machine: _Machine, args: tuple) -> Record | None:
-    match args:  # beside these lies "module_src", the source text: not even looked at
+    match args:  # "module_src", the source text, is also there: it is not read
         case ({"type": "class", "class_name": str() as name, "state": state},) if len(name) <= _MAX_KEY:
             return Record(name, (), state)
 
@@ -357,7 +356,7 @@ def _scalar(machine: _Machine, args: tuple) -> int | float | None:
 
 
 def _storage(machine: _Machine, args: tuple) -> Storage | None:
-    """torch's old format: pickles of a magic number, version, platform, description and keys; count; numbers."""
+    """torch's old format: five pickles (magic number, version, platform, description, keys), the count, the numbers."""
     match args:
         case (Blob(blob, size),):
             machine.file.seek(blob)
@@ -377,7 +376,7 @@ def _tensor(machine: _Machine, args: tuple) -> View | None:
         case (Storage(count=count) as storage, offset, tuple() as size, tuple() as stride, bool(), dict(), *_):
             if not len(size) == len(stride) < 9 or not all(type(n) is int for n in (offset, *size, *stride)):
                 return None
-            # Inside its storage, not empty, and not larger than the storage, as an expanded tensor would be.
+            # Inside its storage, not empty, and not larger than the storage (as an expanded tensor would be).
             last = offset + sum((n - 1) * step for n, step in zip(size, stride))
             inside = offset >= 0 and last < count and all(0 <= step <= count for step in stride)
             if not (inside and all(n > 0 for n in size) and math.prod(size) <= count):
@@ -391,7 +390,7 @@ def _parameter(machine: _Machine, args: tuple) -> View | None:
             return view
 
 
-# Names that may stand in a file and mean something: what a call of them gives, or None if its arguments are odd.
+# Names that do something: what a call of one returns, or None if no checkpoint has such arguments.
 _CALLS: dict[str, Callable[[_Machine, tuple], Any]] = {
     "collections.OrderedDict": _mapping,
     "collections.defaultdict": _mapping,

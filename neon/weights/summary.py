@@ -1,0 +1,98 @@
+"""What a merge did, for people: what it merged, what it took from the base and why, how far θ_s is from θ_r."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from neon import NeonError
+from neon.family import Family
+from neon.weights.checkpoint import Weights
+
+# Last parts of names under which running statistics and other state that training does not learn are stored:
+# batch normalisation (torch, TensorFlow, BigGAN), StyleGAN's averages, codebooks kept as averages (vector
+# quantisation), counters of an average, ranges for quantised inference, the vectors of spectral normalisation.
+STATISTICS = re.compile(
+    r"(running_\w+|moving_(mean|var|variance|avg|average)|stored_(mean|var)|num_batches_tracked"
+    r"|w_avg|latent_avg|pl_mean|\w+_ema"
+    r"|(ema_)?cluster_size|embed_avg|ema_\w+"
+    r"|num_updates|min_val|max_val|weight_u|_u|_v|u\d|sv\d)"
+)
+CHUNK = 2**20  # numbers per step of a norm: no copy of a large tensor, no rounding of a long float32 sum
+
+
+def buffer_rules(base: Weights, family: Family | None, pattern: str | None) -> dict[str, Callable[[str], object]]:
+    """Who says that a tensor is a buffer ('buffers of edm') → predicate on names: the family, the file, the pattern.
+
+    Raises NeonError if the pattern is no regular expression, or is found in no name of the base.
+    """
+    rules: dict[str, Callable[[str], object]] = {}
+    if family:
+        rules[f"buffers of {family.name}"] = family.is_buffer
+    if base.buffers:
+        rules[f"buffers of {base.path.name}"] = base.buffers.__contains__
+    if pattern is not None:
+        try:
+            found = re.compile(pattern).search
+        except (re.error, OverflowError, RecursionError) as error:
+            raise NeonError(f"--buffers {pattern!r} is not a regular expression: {error}") from None
+        if not any(map(found, base)):
+            raise NeonError(f"--buffers {pattern!r} matches no name in {base.path}")
+        rules[f"--buffers {pattern}"] = found
+    return rules
+
+
+class MergeSummary:
+    """Counts what neon.merge.merge does, which is given its `is_buffer` and `observe`. buffers: see buffer_rules."""
+
+    def __init__(self, buffers: Mapping[str, Callable[[str], object]]):
+        self.buffers = buffers
+        self.tensors, self.values = Counter(), Counter()  # by reason to keep; None: merged
+        self.merged: list[str] = []
+        self.base_norm = self.drift_norm = 0.0
+
+    def is_buffer(self, name: str) -> bool:
+        return any(rule(name) for rule in self.buffers.values())
+
+    def observe(self, name: str, old: torch.Tensor, new: torch.Tensor, reason: str | None) -> None:
+        """Count a tensor of θ_r (old) and θ_s (new), both real if it is merged, and why it is not."""
+        if reason == "buffer":
+            reason = next(source for source, rule in self.buffers.items() if rule(name))
+        self.tensors[reason] += 1
+        self.values[reason] += old.numel()
+        if reason is None:
+            self.merged.append(name)
+            for r, s in zip(old.reshape(-1).split(CHUNK), new.reshape(-1).split(CHUNK)):
+                self.base_norm = math.hypot(self.base_norm, r.double().norm())
+                self.drift_norm = math.hypot(self.drift_norm, (s.double() - r.double()).norm())
+
+    def lines(self) -> Iterator[str]:
+        """A table of tensors and values, and the drift ‖θ_s − θ_r‖ / ‖θ_r‖ over what was merged."""
+        yield f"{'tensors':>9}{'values':>16}"
+        for reason in (None, *(reason for reason in self.tensors if reason)):
+            what = f"from the base: {reason}" if reason else "merged"
+            yield f"{self.tensors[reason]:9,}{self.values[reason]:16,}  {what}"
+        if self.merged:
+            ratio = self.drift_norm / self.base_norm if self.base_norm else math.inf
+            yield f"drift    ‖θ_s − θ_r‖ / ‖θ_r‖ = {ratio:.4g} over what was merged"
+
+    def warnings(self) -> Iterator[str]:
+        """One line for each thing that is probably not meant."""
+        if not self.merged:
+            yield "nothing was merged: the result is the base"
+        found = [name for name in self.merged if _is_statistic(name, self.merged)]
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            ends = "|".join(dict.fromkeys(name.rpartition(".")[2] for name in found))
+            yield (
+                f"merged, though the names look like running statistics: {', '.join(found[:3])}{more}; "
+                f"to take them from the base, add --buffers '(^|\\.)({ends})$'"
+            )
+
+
+def _is_statistic(name: str, names: list[str]) -> bool:
+    """By its name. `weight_v` is one next to `weight_u` (spectral normalisation), a weight next to `weight_g`."""
+    last = name.rpartition(".")[2]
+    return bool(STATISTICS.fullmatch(last)) or (last == "weight_v" and f"{name[:-1]}u" in names)
