@@ -41,14 +41,14 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    p = command("download", "run_download", "bring the checkpoints and statistics listed in downloads.csv")
+    p = command("download", "run_download", "download the checkpoints and statistics listed in downloads.csv")
     p.add_argument(
         "names", nargs="*", metavar="NAME", help="file or group: released, stats, base, vae (default: the first two)"
     )
     p.add_argument("--base", action="store_true", help="the bases that the recipes need")
     p.add_argument("--vae", action="store_true", help="the autoencoders of VAR, xAR and IMM")
     p.add_argument("--all", action="store_true", help="everything")
-    p.add_argument("--list", action="store_true", help="show what there is to download, and download nothing")
+    p.add_argument("--list", action="store_true", help="list the files (here? pinned?), download nothing")
 
     p = command("merge", "run_merge", "write θ_r − w (θ_s − θ_r) in the base's format")
     p.add_argument(
