@@ -1,14 +1,17 @@
-"""What the method needs to know of a model family, and how it finds one."""
+"""What the method needs to know of a model family, and how it finds one. Imports no torch: `neon --help` needs it."""
+
+from __future__ import annotations
 
 import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from neon import NeonError
+
+if TYPE_CHECKING:
+    import torch
 
 FAMILIES = {
     "edm": "edm.family",
