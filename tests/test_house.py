@@ -1,10 +1,14 @@
 """How the house is built: what may import what, what a start loads, what works without the extras."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +16,10 @@ from typing import NamedTuple
 import pytest
 from processes import ROOT
 
+from imm.autoencoder import StableDiffusionVAE
+from neon import NeonError
 from neon.cli import main
+from neon.data import ImageSet
 from neon.family import FAMILIES
 
 PACKAGES = {path.partition(".")[0] for path in FAMILIES.values()}
@@ -34,6 +41,7 @@ class Module(NamedTuple):
     package: str  # which relative imports start from
 
 
+@cache
 def modules(root: Path) -> dict[str, Module]:
     """Every module of the packages in `root`, by its dotted name; a package has the name of its folder."""
     found = {}
@@ -176,3 +184,99 @@ def help_of(*argv: str, capsys) -> str:
         main([*argv, "--help"])
     assert exit.value.code == 0
     return capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- dependencies
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def names(requirements: list[str]) -> set[str]:
+    """The distributions of requirements; an extra of our own stands for what it holds."""
+    found = set()
+    for requirement in requirements:
+        name, extra_names = re.match(r"([\w-]+)(?:\[([\w,]+)\])?", requirement).groups()
+        if name == PROJECT["name"]:
+            found = found.union(*(names(EXTRAS[extra_name]) for extra_name in extra_names.split(",")))
+        else:
+            found.add(name.replace("_", "-"))
+    return found
+
+
+CORE = names(PROJECT["dependencies"])
+OTHERS = names(EXTRAS["all"]) - CORE
+DISTRIBUTIONS = packages_distributions()
+
+
+def distributions(module: str) -> set[str]:
+    """Who installs a top-level module; nobody, for the standard library and our own."""
+    return {name.lower().replace("_", "-") for name in DISTRIBUTIONS.get(module, [])} - {PROJECT["name"]}
+
+
+def needed(nodes: Iterator[ast.AST]) -> set[str]:
+    return set().union(*(distributions(name.partition(".")[0]) for name in imported(nodes, "")))
+
+
+def outside_extras(node: ast.AST) -> Iterator[ast.AST]:
+    yield node
+    if not extra_of(node):
+        for child in ast.iter_child_nodes(node):
+            yield from outside_extras(child)
+
+
+def extra_of(node: ast.AST) -> str | None:
+    """The NAME of `with extra(NAME):`."""
+    call = node.items[0].context_expr if isinstance(node, ast.With) else None
+    return call.args[0].value if isinstance(call, ast.Call) and ast.unparse(call.func) == "extra" else None
+
+
+def test_the_core_depends_on_what_it_imports_and_on_nothing_else():
+    trees = [tree for tree, package in modules(ROOT).values() if package.partition(".")[0] in LAYERS]
+    of_others = {"torchvision"}  # torch-fidelity needs it
+    assert set().union(*(needed(outside_extras(tree)) for tree in trees)) == CORE - of_others
+    blocks = [node for tree in trees for node in ast.walk(tree) if extra_of(node)]
+    assert {extra_of(block) for block in blocks} >= {"imm", "parquet"}
+    for block in blocks:
+        assert needed(ast.walk(block)) <= names(EXTRAS[extra_of(block)])
+
+
+@pytest.mark.parametrize(("folder", "extra_name"), [("report", "notebooks"), ("report", "pipeline"), ("mini", "mini")])
+def test_an_extra_holds_what_its_folder_imports(folder, extra_name):
+    trees = [tree for tree, package in modules(ROOT).values() if package == folder]
+    found = set().union(*(needed(ast.walk(tree)) for tree in trees))
+    assert found - CORE and found <= CORE | names(EXTRAS[extra_name])
+
+
+def test_all_has_every_extra_and_the_lock_has_all():
+    assert names(EXTRAS["all"]) == set().union(*(names(part) for key, part in EXTRAS.items() if key != "dev"))
+    locked = {line.partition("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    assert CORE | OTHERS | names(EXTRAS["dev"]) <= locked
+
+
+def test_the_commands_and_families_load_without_the_extras():
+    code = f"""
+import importlib, sys
+class Refuse:
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in sys.argv[1:]:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Refuse())
+for module in ["neon.cli.commands", "mini.features", *{list(FAMILIES.values())}]:
+    importlib.import_module(module)
+"""
+    blocked = [module for module in DISTRIBUTIONS if distributions(module) & OTHERS]
+    assert {"dvc", "pandas", "matplotlib", "sklearn", "diffusers", "pyarrow", "nbformat"} <= set(blocked)
+    done = python(code, *blocked)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    for module in ("pyarrow", "diffusers"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "train.parquet").touch()
+    with pytest.raises(NeonError, match=r"^this needs pyarrow, of the extra parquet: pip install '\.\[parquet\]'"):
+        ImageSet(tmp_path / "train.parquet")
+    with pytest.raises(NeonError, match=r"^this needs diffusers, of the extra imm: pip install '\.\[imm\]'"):
+        StableDiffusionVAE("somewhere")
