@@ -36,8 +36,8 @@ format: setup
 	ruff format
 
 lock:
-	uv pip compile --universal --python-version 3.11 --extra dev --no-annotate --no-header --no-emit-index-url \
-		--upgrade pyproject.toml --output-file requirements.lock
+	uv pip compile --universal --python-version 3.11 --extra dev --extra all --no-annotate --no-header \
+		--no-emit-index-url --upgrade pyproject.toml --output-file requirements.lock
 
 clean:
 	rm -rf mini/runs results/demo

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from neon import NeonError
+from neon import NeonError, extra
 from neon.precision import autocast
 
 NAME = "sd-vae-ft-ema"
@@ -19,7 +19,8 @@ class StableDiffusionVAE(nn.Module):
 
     def __init__(self, source: str):
         """source: a folder in diffusers' format, or a hub id. Raises NeonError if it is missing, or no such VAE."""
-        from diffusers import AutoencoderKL  # slow to import
+        with extra("imm"):
+            from diffusers import AutoencoderKL  # slow to import
 
         super().__init__()
         try:

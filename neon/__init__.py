@@ -4,6 +4,9 @@ The method is one line, `neon.merge.merge`. Everything else measures it. Importi
 imports nothing heavy; take what you need from its modules.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __version__ = "0.1.0"
 
 
@@ -13,3 +16,14 @@ class NeonError(Exception):
 
 class Diverged(NeonError):
     """A model whose images or features are not finite, say a merge with too large a w."""
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Import in it what an extra of pyproject.toml installs. Raises NeonError if that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise NeonError(
+            f"this needs {error.name}, of the extra {name}: pip install '.[{name}]' in the root of the repository"
+        ) from None

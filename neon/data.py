@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from neon import NeonError
+from neon import NeonError, extra
 from neon.files import existing
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -116,8 +116,9 @@ class _Parquet:
     """Parquet files read like a zip: one name per row, and dataset.json if there are labels."""
 
     def __init__(self, files: list[str]):
-        import pyarrow
-        import pyarrow.parquet
+        with extra("parquet"):
+            import pyarrow
+            import pyarrow.parquet
 
         self._lock = threading.Lock()  # the reader of a file is not for several threads
         self._rows: dict[str, tuple[int, int, int]] = {}  # name → file, row group, row

@@ -1,14 +1,21 @@
-"""What the method needs to know of a model family, and how it finds one."""
+"""What the method needs to know of a model family, and how it finds one. Imports no torch: `neon --help` needs it."""
+
+from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from neon import NeonError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    # Random numbers of a training step: a tensor whose rows belong to its images, a (named) tuple of such, or None.
+    Draws = torch.Tensor | tuple | None
 
 FAMILIES = {
     "edm": "edm.family",
@@ -17,10 +24,6 @@ FAMILIES = {
     "xar": "xAR.family",
     "imm": "imm.family",
 }
-
-
-# Random numbers of a training step: a tensor whose rows belong to its images, a (named) tuple of such, or None.
-Draws = torch.Tensor | tuple | None
 
 
 @dataclass(frozen=True)

@@ -2,49 +2,79 @@
 
 import csv
 import os
+import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlparse
 
 from neon import NeonError
-from neon.files import atomic, progress, sha256
+from neon.files import atomic, locked, progress, sha256
 
 TABLE = "downloads.csv"
 COLUMNS = ["group", "path", "source", "size", "sha256"]
 GROUPS = ("released", "stats", "base", "vae")
 
 
-def local(path_or_url: str, folder: str | Path, world) -> Path:
-    """A local path as it is; for an http(s) URL the file of that name in `folder`, downloaded if missing.
+def local(path_or_url: str, folder: str | Path) -> Path:
+    """A local path as it is; for an http(s) URL its file, downloaded if missing.
 
-    Beside a downloaded file lies its sha256, as sha256sum writes it. Raises NeonError if the download fails. world:
-    neon.distributed.World; rank 0 downloads.
+    The file is the one of that name in `folder`; if TABLE lists the URL, the row's, checked as fetch_row does. Raises
+    NeonError.
     """
     url = urlparse(path_or_url)
     if url.scheme not in ("http", "https"):
         return Path(path_or_url)
+    for row in read_table() if Path(TABLE).exists() else []:
+        if row["source"] == path_or_url:
+            fetch_row(row)
+            return Path(row["path"])
     target = Path(folder) / Path(url.path).name
-    failed = None
-    if world.rank == 0 and not target.exists():
-        try:
-            os.replace(download(path_or_url, target), target)
-            with atomic(target.with_name(target.name + ".sha256")) as partial:
-                partial.write_text(f"{sha256(target)}  {target.name}\n")
-        except (OSError, ValueError) as error:
-            failed = _offline(path_or_url, target, error)
-    failed = world.gather(failed)[0]
-    if failed:
-        raise NeonError(failed)
+    fetch(path_or_url, target)
     return target
 
 
-def download(url: str, target: Path, token: str | None = None) -> Path:
-    """GET into a hidden sibling of `target`, which is returned; what a broken download left there is continued.
+def fetch(
+    source: str,
+    target: Path,
+    size: str = "",
+    digest: str = "",
+    record: Callable[[dict[str, str]], None] = lambda found: None,
+) -> bool:
+    """Make sure that `target` is there; True if this call has downloaded it. One that is there is not checked.
 
-    token: shown to the server of `url`, not to those it points to. Tries again as long as each connection brings
-    something. Raises OSError (of which HTTPError is one) or ValueError.
+    Of several processes one downloads, while the others wait and then find the file. source: an http(s) URL or
+    hf://OWNER/REPO@REVISION/FILE. size, digest: what the new file must have, '' where unknown; the first digits of the
+    sha256 are enough. Without a digest, the one that the hub announces counts. record: given the source (at the hub's
+    commit), size and sha256 found, before the file gets its name. Raises NeonError.
+    """
+    if target.exists():
+        return False
+    try:
+        with locked(target):
+            if target.exists():
+                return False
+            remote = _on_hub(source) if source.startswith("hf://") else Remote(source, source)
+            new = download(remote.url, target, remote.token)
+            found = {"source": remote.source, **_facts(new)}
+            if problem := _differs(found, size, digest or remote.digest):
+                new.unlink()
+                raise NeonError(f"{source}: {problem}; nothing was kept")
+            record(found)
+            os.replace(new, target)
+    except (OSError, ValueError, HTTPException) as error:
+        raise NeonError(_offline(source, target, error)) from None
+    return True
+
+
+def download(url: str, target: Path, token: str | None = None) -> Path:
+    """GET into a hidden sibling of `target`, which is returned; a broken download, whose bytes are there, is resumed.
+
+    token: shown to the server of `url`, not to those it points to. Tries again as long as each connection adds bytes.
+    Raises OSError (of which HTTPError is one), ValueError or HTTPException.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
@@ -58,7 +88,7 @@ def download(url: str, target: Path, token: str | None = None) -> Path:
                     raise
                 partial.unlink()  # of another file, or more than there is
                 continue
-            except OSError:
+            except (OSError, HTTPException):
                 if not partial.exists() or partial.stat().st_size <= before:
                     raise
                 continue
@@ -70,7 +100,7 @@ def download(url: str, target: Path, token: str | None = None) -> Path:
 
 
 def _continue(url: str, partial: Path, start: int, bar, token: str | None) -> int | None:
-    """Append what follows byte `start`; the size of the whole as the server tells it. A server may begin anew."""
+    """Append what follows byte `start`; the size of the whole as the server gives it. A server may start again at 0."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
@@ -120,64 +150,98 @@ def choose(rows: list[dict[str, str]], wanted: Iterable[str]) -> list[dict[str, 
     return chosen
 
 
-def bring(row: dict[str, str], record: Callable[[], None] = lambda: None) -> str:
+def fetch_row(row: Mapping[str, str]) -> str:
     """Make sure that the file of a row is there and whole; a word on what was done.
 
-    A file that is there is checked against size and sha256, where known, and never replaced. A new one is checked
-    before it gets its name: against these, or, if they are not known, against the digest that the hub announces; then
-    they are filled in and `record` is called. Raises NeonError.
+    A file that is there is checked against size and sha256, where known, and never replaced. A new one is checked too;
+    what the row does not know yet is then filled in in TABLE: size, sha256, and the hub's commit as the revision.
+    Raises NeonError.
     """
     target = Path(row["path"])
-    if target.exists():
-        if not row["sha256"]:
-            return "is there; its digest is not known yet, so it was not checked"
-        if problem := _differs(target, row):
-            raise NeonError(f"{target}: {problem}; move it away to download it again")
-        return "is there and whole"
-    try:
-        hub = row["source"].startswith("hf://")
-        url, token, announced = _on_hub(row["source"]) if hub else (row["source"], None, "")
-        new = download(url, target, token)
-    except (OSError, ValueError) as error:
-        raise NeonError(_offline(row["source"], target, error)) from None
-    problem = _differs(new, row if row["sha256"] else row | {"sha256": announced})
-    if problem:
-        new.unlink()
-        raise NeonError(f"{row['source']}: {problem}; nothing was kept")
-    os.replace(new, target)
-    if not row["sha256"]:
-        row |= {"size": str(target.stat().st_size), "sha256": sha256(target)}
-        record()
-        return f"downloaded; its digest is now in {TABLE}"
-    return "downloaded and whole"
+    if fetch(row["source"], target, row["size"], row["sha256"], lambda found: _record(row["path"], found)):
+        return "downloaded and whole" if row["sha256"] else f"downloaded; its digest is now in {TABLE}"
+    known = _row_now(row)
+    if not known["sha256"]:
+        return "is there; its digest is not known yet, so it was not checked"
+    if problem := _differs(_facts(target), known["size"], known["sha256"]):
+        raise NeonError(f"{target}: {problem}; move it away to download it again")
+    return "is there and whole"
 
 
-def _differs(path: Path, row: dict[str, str]) -> str | None:
-    if row["size"] and path.stat().st_size != int(row["size"]):
-        return f"it has {path.stat().st_size} bytes, not {row['size']}"
-    if row["sha256"] and (found := sha256(path)) != row["sha256"]:
-        return f"its sha256 is {found}, not {row['sha256']}"
+def _row_now(row: Mapping[str, str]) -> Mapping[str, str]:
+    """The row as it stands in the table: who downloaded the file while we waited has filled it in."""
+    return next((now for now in read_table() if now["path"] == row["path"]), row)
+
+
+def _record(path: str, found: Mapping[str, str]) -> None:
+    """Fill in the row of `path`, in the table as it is now."""
+    with locked(TABLE):
+        rows = read_table()
+        if any(row | found != row for row in rows if row["path"] == path):
+            write_table([row | found if row["path"] == path else row for row in rows])
+
+
+def pinned(row: Mapping[str, str]) -> bool:
+    """Does the row name its file for good: by its sha256 or by a commit of the hub? Branches and tags can move."""
+    return bool(row["sha256"]) or _is_commit(_revision(row["source"]))
+
+
+def _revision(source: str) -> str:
+    """hf://OWNER/REPO@REVISION/FILE → REVISION; '' if there is none."""
+    return source.partition("@")[2].partition("/")[0] if source.startswith("hf://") else ""
+
+
+def _is_commit(revision: str | None) -> bool:
+    return bool(re.fullmatch("[0-9a-f]{40}", revision or ""))
+
+
+def _facts(path: Path) -> dict[str, str]:
+    return {"size": str(path.stat().st_size), "sha256": sha256(path)}
+
+
+def _differs(found: Mapping[str, str], size: str, digest: str) -> str | None:
+    """How the facts found differ from those known; None if they do not."""
+    if size and found["size"] != size:
+        return f"it has {found['size']} bytes, not {size}"
+    if not found["sha256"].startswith(digest):
+        return f"its sha256 is {found['sha256']}, not {digest}"
     return None
 
 
-def _on_hub(source: str) -> tuple[str, str | None, str]:
-    """hf://OWNER/REPO@REVISION/FILE → its URL, the user's token if there is one, and the hub's sha256 of it or ''.
+class Remote(NamedTuple):
+    """Where a file is: its source at a fixed revision if there is one, its URL, the user's token, the hub's sha256."""
 
-    Heeds HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. The `hf` command is not used because it begins a download anew when
-    it was killed. Raises OSError.
+    source: str
+    url: str
+    token: str | None = None
+    digest: str = ""
+
+
+def _on_hub(source: str) -> Remote:
+    """Look hf://OWNER/REPO@REVISION/FILE up on the hub, which announces its commit and, for a large file, its sha256.
+
+    Reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. The `hf` command is not used: it starts a download again from 0
+    after it was killed. Raises OSError.
     """
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
 
-    owner, repo, file = source.removeprefix("hf://").split("/", 2)
-    repo, _, revision = repo.partition("@")
-    url = hf_hub_url(f"{owner}/{repo}", file, revision=revision or None, endpoint=os.environ.get("HF_ENDPOINT"))
+    owner, name, file = source.removeprefix("hf://").split("/", 2)
+    name, _, revision = name.partition("@")
+
+    def url(revision: str) -> str:
+        return hf_hub_url(f"{owner}/{name}", file, revision=revision or None, endpoint=os.environ.get("HF_ENDPOINT"))
+
     try:
-        etag = get_hf_file_metadata(url).etag or ""
+        metadata = get_hf_file_metadata(url(revision))
     except Exception as error:  # the hub's and those of its HTTP library: many kinds
         raise OSError(str(error).strip() or type(error).__name__) from None
-    return url, get_token(), etag if len(etag) == 64 else ""
+    if _is_commit(metadata.commit_hash):
+        revision = metadata.commit_hash
+        source = f"hf://{owner}/{name}@{revision}/{file}"
+    etag = metadata.etag or ""
+    return Remote(source, url(revision), get_token(), etag if len(etag) == 64 else "")
 
 
 def _offline(source: str, target: Path, error: Exception) -> str:
-    reason = getattr(error, "reason", None) or error
+    reason = " ".join(str(getattr(error, "reason", None) or error).split())
     return f"cannot download {source} ({reason}); put the file at {target} to work offline"

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, digests, and progress bars."""
+"""Files written whole or not at all, locks, digests, and progress bars."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from neon import NeonError
 def atomic(path: str | Path) -> Iterator[Path]:
     """A temporary sibling of `path` to write to (a file or a folder); renamed to `path` on success, removed on error.
 
-    The temporary name is fixed, so what a killed process leaves behind is overwritten by the next one.
+    The temporary name is fixed: the next process overwrites what a killed one has left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,6 +30,37 @@ def atomic(path: str | Path) -> Iterator[Path]:
     except BaseException:
         _remove(partial)
         raise
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """One process at a time is inside for each `path`; the others wait. Raises OSError.
+
+    The lock is on a hidden file next to `path`, which is removed at the end. A killed process may leave this file, but
+    not the lock.
+    """
+    import fcntl  # not on Windows
+
+    lock = Path(path).with_name(f".{Path(path).name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_still(lock, file):
+                continue  # who had the lock before has removed the file: others may lock a new one
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_still(path: Path, file) -> bool:
+    """Is the open file the one of that name?"""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def discard(folder: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from neon import NeonError
+from neon import Diverged, NeonError
 
 
 def merge_tensor(base: torch.Tensor, selftrained: torch.Tensor, w: float) -> torch.Tensor:
@@ -44,7 +44,8 @@ def merge(
 
     Learned parameters are merged; the rest is taken from the base as it is, see reason_to_keep. With w = 0 all of it
     is. observe(name, θ_r's tensor, θ_s's tensor, reason to keep or None) is called before each is yielded.
-    Raises NeonError, naming the tensor, if names or shapes differ or a merged weight is not finite, and if w is not.
+    Raises NeonError, naming the tensor, if names or shapes differ or a weight is not finite, and if w is not finite;
+    Diverged if the merge alone overflows.
     """
     if not math.isfinite(w):
         raise NeonError(f"w must be finite, not {w}")
@@ -59,9 +60,9 @@ def merge(
         observe(name, old, new, reason)
         merged = merge_tensor(old, new, w) if w and not reason else old
         if not reason and not is_finite(merged):
-            overflow = f"merge with w = {w} in {old.dtype}"
-            where = "base" if not is_finite(old) else "self-trained model" if not is_finite(new) else overflow
-            raise NeonError(f"{name}: not finite in the {where}")
+            if is_finite(old) and is_finite(new):
+                raise Diverged(f"{name}: not finite in the merge with w = {w} in {old.dtype}")
+            raise NeonError(f"{name}: not finite in the {'self-trained model' if is_finite(old) else 'base'}")
         yield name, merged
 
 

@@ -1,6 +1,11 @@
 """The precision in which networks compute: 'float32', 'float16' or 'bfloat16', or two of them, 'NETWORK+DECODER'."""
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -17,5 +22,7 @@ def decoder(precision: str) -> str:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Context in which products run in 'float16' or 'bfloat16'; with 'float32' an enclosing autocast has no effect."""
+    import torch  # here, since the options of commands need DTYPES and no more
+
     dtype = getattr(torch, precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

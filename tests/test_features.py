@@ -1,14 +1,20 @@
 """Feature extractors: shapes, determinism, independence of the batch, files and their errors."""
 
+import hashlib
+import io
 import os
 import subprocess
 import sys
-import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
+from processes import forkserver
+from server import serving
 from sklearn.datasets import load_digits
+from torch_fidelity import feature_extractor_inceptionv3
 
 from mini.features import DigitsCNN, save_digits_cnn, train_digits_cnn
 from neon import NeonError
@@ -100,27 +106,66 @@ def test_inception_files_that_do_not_fit(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_inception_without_network(tmp_path, monkeypatch):
-    def refuse(url, path, hash_prefix):
-        raise urllib.error.URLError("no route to host")
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A server whose data are the published weights, kept in torch's folder of a user; digest: of the name."""
+    with serving() as server:
 
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(NeonError, match=r"no route to host.*fetch https://.*\.pth elsewhere and give inception:PATH"):
+        def publish(data: bytes, digest: str = "") -> Path:
+            server.data = data
+            name = f"weights-{digest or hashlib.sha256(data).hexdigest()[:8]}.pth"
+            monkeypatch.setattr(feature_extractor_inceptionv3, "URL_INCEPTION_V3", f"{server.url}/{name}")
+            monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+            return tmp_path / "hub" / "checkpoints" / name
+
+        yield SimpleNamespace(server=server, publish=publish)
+
+
+def test_inception_is_downloaded_once(random_inception, published):
+    buffer = io.BytesIO()
+    torch.save(random_inception.module.state_dict(), buffer)
+    path = published.publish(buffer.getvalue())
+    name = f"inception-v3-compat-{path.stem[-8:]}"
+    assert inception().name == inception().name == name
+    assert published.server.seen == [("GET", f"/{path.name}", 0)] and os.listdir(path.parent) == [path.name]
+
+
+def test_wrong_weights_and_missing_ones(published, monkeypatch):
+    """Only what has the digest of its name is kept; the error says where the weights are and what else to do."""
+    path = published.publish(b"wrong", digest="0" * 8)
+    url = f"{published.server.url}/{path.name}"
+    with pytest.raises(NeonError, match=f"{url}: its sha256 is .*, not 00000000; nothing was kept, .* inception:PATH"):
         load_extractor("inception")
+    url = f"{published.server.url}/gone-{path.name}"
+    monkeypatch.setattr(feature_extractor_inceptionv3, "URL_INCEPTION_V3", url)
+    with pytest.raises(NeonError, match=f"cannot download {url} .*{path.parent}.* or give inception:PATH"):
+        load_extractor("inception")
+    assert not os.listdir(path.parent)
 
 
-def test_inception_is_downloaded_once(random_inception, tmp_path, monkeypatch):
-    calls = []
+def test_ranks_that_need_inception_at_once_download_it_once(published):
+    """What they get is no weights, which each finds out for itself."""
+    path = published.publish(b"not weights" * 50_000)
+    published.server.pause = 0.05
+    url, home = feature_extractor_inceptionv3.URL_INCEPTION_V3, os.environ["TORCH_HOME"]
+    with forkserver.Pool(4, prepare, (url, home, forkserver.Barrier(4))) as pool:
+        errors = pool.map(error_of_inception, range(4), chunksize=1)
+    assert [" is not a file of PyTorch weights" in error for error in errors] == [True] * 4
+    assert published.server.seen == [("GET", f"/{path.name}", 0)] and os.listdir(path.parent) == [path.name]
 
-    def download(url, path, hash_prefix):
-        calls.append(hash_prefix)
-        torch.save(random_inception.module.state_dict(), path)
 
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    assert inception().name == inception().name
-    assert calls == ["6726825d"]
+def prepare(url: str, home: str, barrier) -> None:
+    global meet
+    meet = barrier
+    feature_extractor_inceptionv3.URL_INCEPTION_V3 = url
+    os.environ["TORCH_HOME"] = home
+
+
+def error_of_inception(_rank: int) -> str:
+    meet.wait(60)
+    with pytest.raises(NeonError) as error:
+        load_extractor("inception")
+    return str(error.value)
 
 
 # ---- digits
@@ -194,9 +239,15 @@ def test_digits_files_that_do_not_fit(tmp_path):
 # ---- both
 
 
-@pytest.mark.parametrize("spec", ["", "digits", "digits:", "clip", "Inception"])
+@pytest.mark.parametrize("spec", ["", "clip", "Inception"])
 def test_unknown_extractors(spec):
     with pytest.raises(NeonError, match="inception, inception:PATH, inception:random, digits:PATH"):
+        load_extractor(spec)
+
+
+@pytest.mark.parametrize("spec", ["digits", "digits:"])
+def test_the_digits_extractor_needs_a_file(spec):
+    with pytest.raises(NeonError, match="--features digits:PATH"):
         load_extractor(spec)
 
 

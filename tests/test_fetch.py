@@ -1,4 +1,4 @@
-"""Files from elsewhere, through download_models.sh and from a small server on loopback that does not always behave."""
+"""Files from elsewhere, through download_models.sh and from a server that does not always behave."""
 
 import hashlib
 import os
@@ -6,116 +6,127 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from processes import BIN, ROOT, neon
+from server import COMMIT, DATA, DIGEST, serving
 
 from neon import NeonError
-from neon.distributed import World
 from neon.fetch import GROUPS, local, read_table
-
-DATA = os.urandom(256) * 5000
-DIGEST = hashlib.sha256(DATA).hexdigest()
-
-
-class Server:
-    """Serves DATA at every path; what goes wrong is set by its attributes. seen: (method, path, first byte)."""
-
-    def __init__(self):
-        self.seen, self.data, self.breaks, self.says_more, self.ranges = [], DATA, 0, 0, True
-        self.digest, self.pause, self.elsewhere, self.tokens = DIGEST, 0.0, None, {}
-
-    def answer(self, http, body):
-        start = int((http.headers.get("Range") or "bytes=0-")[6:-1]) if self.ranges else 0
-        self.seen.append((http.command, http.path, start))
-        self.tokens[http.path] = http.headers.get("Authorization")
-        if "gone" in http.path:
-            return http.send_error(404)
-        if self.elsewhere and "resolve" in http.path and body:
-            http.send_response(302)
-            http.send_header("Location", self.elsewhere)
-            return http.end_headers()
-        if start > len(self.data):
-            return http.send_error(416)
-        http.send_response(206 if start else 200)
-        http.send_header("Content-Length", str(len(self.data) - start + self.says_more))
-        http.send_header("Content-Range", f"bytes {start}-{len(self.data) - 1}/{len(self.data)}")
-        http.send_header("ETag", f'"{self.digest}"')
-        http.send_header("X-Repo-Commit", "a" * 40)
-        http.end_headers()
-        if not body:
-            return
-        part = self.data[start:]
-        if self.breaks:
-            self.breaks -= 1
-            part = part[: len(part) // 2]
-        with suppress(ConnectionError):  # of a client that was killed
-            for i in range(0, len(part), 2**16):
-                http.wfile.write(part[i : i + 2**16])
-                time.sleep(self.pause)
 
 
 @pytest.fixture
 def server():
-    state = Server()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            state.answer(self, True)
-
-        def do_HEAD(self):
-            state.answer(self, False)
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-        state.url = f"http://127.0.0.1:{http.server_port}"
+    with serving() as state:
         yield state
-        http.shutdown()
 
 
 # ---------------------------------------------------------------- a URL in place of a path
 
 
-def test_downloaded_once_with_its_digest(tmp_path, server):
+def test_downloaded_once_and_nothing_else_is_left(tmp_path, server):
     for _ in range(2):
-        path = local(f"{server.url}/refs/stats.npz", tmp_path / "fid_stats", World())
+        path = local(f"{server.url}/refs/stats.npz", tmp_path / "fid_stats")
     assert path == tmp_path / "fid_stats" / "stats.npz" and path.read_bytes() == DATA
-    assert server.seen == [("GET", "/refs/stats.npz", 0)]
-    assert (tmp_path / "fid_stats" / "stats.npz.sha256").read_text() == f"{DIGEST}  stats.npz\n"
+    assert server.seen == [("GET", "/refs/stats.npz", 0)] and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(tmp_path, server, ranges):
     server.breaks, server.ranges = (3 if ranges else 1), ranges
-    assert local(f"{server.url}/stats.npz", tmp_path, World()).read_bytes() == DATA
+    assert local(f"{server.url}/stats.npz", tmp_path).read_bytes() == DATA
     firsts = [first for _, _, first in server.seen]
     assert firsts == ([0, 640_000, 960_000, 1_120_000] if ranges else [0, 0])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["stats.npz", "stats.npz.sha256"]
+    assert [p.name for p in tmp_path.iterdir()] == ["stats.npz"]
 
 
-@pytest.mark.parametrize("name", ["cut.npz", "gone.npz"])
+@pytest.mark.parametrize("name", ["cut.npz", "gone.npz", "nonsense.npz"])
 def test_a_failed_download_leaves_no_file_of_that_name(tmp_path, server, name):
     server.says_more = 1000
     with pytest.raises(NeonError, match=r"cannot download .*put the file at"):
-        local(f"{server.url}/{name}", tmp_path, World())
-    assert not list(tmp_path.glob("*.npz"))
+        local(f"{server.url}/{name}", tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} <= {".cut.npz.partial"}
 
 
 def test_a_rest_that_is_longer_than_the_file_is_thrown_away(tmp_path, server):
     (tmp_path / ".stats.npz.partial").write_bytes(DATA + b"more")
-    assert local(f"{server.url}/stats.npz", tmp_path, World()).read_bytes() == DATA
+    assert local(f"{server.url}/stats.npz", tmp_path).read_bytes() == DATA
 
 
 def test_a_path_is_taken_as_it_is(tmp_path):
-    assert local("some/where.npz", tmp_path, World()).as_posix() == "some/where.npz"
+    assert local("some/where.npz", tmp_path).as_posix() == "some/where.npz"
+
+
+def test_a_url_of_the_table_is_a_row_like_any(table, server, tmp_path):
+    """The file has its place and its digest in the table, which the first download fills in."""
+    table("stats,stats/ref.npz,{url}/ref.npz,,", "stats,stats/wrong.npz,{url}/wrong.npz,," + "0" * 64)
+    assert local(f"{server.url}/ref.npz", "elsewhere") == Path("stats/ref.npz") and not Path("elsewhere").exists()
+    assert [row["sha256"] for row in read_table()] == [DIGEST, "0" * 64]
+    with pytest.raises(NeonError, match="nothing was kept"):
+        local(f"{server.url}/wrong.npz", "stats")
+    assert os.listdir("stats") == ["ref.npz"]
+    Path("stats/ref.npz").write_bytes(DATA[1:])
+    with pytest.raises(NeonError, match="move it away"):
+        local(f"{server.url}/ref.npz", "stats")
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def start(code: str) -> subprocess.Popen:
+    """Python in a process of its own."""
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def fetching(server, folder) -> str:
+    return f"from neon.fetch import local; local({server.url + '/a.bin'!r}, {str(folder)!r})"
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def test_of_four_processes_one_downloads(tmp_path, server):
+    server.pause = 0.05
+    processes = [start(fetching(server, tmp_path)) for _ in range(4)]
+    assert [process.wait(60) for process in processes] == [0] * 4
+    assert server.seen == [("GET", "/a.bin", 0)]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"] and (tmp_path / "a.bin").read_bytes() == DATA
+
+
+def test_a_killed_process_blocks_nobody(tmp_path, server):
+    """The one that waits takes over and resumes what the killed one began."""
+    server.data, server.pause = os.urandom(2**20) * 20, 0.02
+    first = start(fetching(server, tmp_path))
+    wait_for(lambda: size(tmp_path / ".a.bin.partial"))
+    second = start(fetching(server, tmp_path))
+    time.sleep(0.5)  # until it waits; if it does not yet, the test is weaker but does not fail
+    first.kill()
+    server.pause = 0
+    assert first.wait(60) == -signal.SIGKILL and second.wait(60) == 0
+    assert (tmp_path / "a.bin").read_bytes() == server.data and [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+    assert [byte > 0 for _, _, byte in server.seen] == [False, True]
+
+
+def test_two_downloads_at_a_time_keep_each_others_digests(table, server):
+    """Both have read the table before either writes it: the server answers when both ask."""
+    server.meet = threading.Barrier(2)
+    table(*(f"released,{name}.bin,{{url}}/{name}.bin,," for name in "abc"))
+    processes = [start(f"from neon.cli import main; main(['download', '{name}.bin'])") for name in "ac"]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert [row["sha256"] for row in read_table()] == [DIGEST, "", DIGEST]
+    assert sorted(os.listdir()) == ["a.bin", "c.bin", "downloads.csv"]
 
 
 # ---------------------------------------------------------------- neon download, download_models.sh
@@ -170,6 +181,47 @@ def test_a_file_that_cannot_be_checked_is_kept_and_said_to_be_so(table, server):
     assert Path("downloads.csv").read_text().endswith(",,\n")
 
 
+def test_the_first_download_pins_the_commit_that_the_hub_announces(table, server):
+    """A branch moves; its commit, once known, is asked for from then on."""
+    table("released,a.bin,hf://some/repo@main/a.bin,,", "vae,b.bin,hf://some/repo@main/sub/b.bin,,", "base,c,{url}/c,,")
+    listed = [line.rsplit(", ", 1)[1] for line in neon("download", "--list", "--all").splitlines()]
+    assert listed == ["not pinned"] * 3
+    neon("download", "--all")
+    assert [row["source"] for row in read_table()] == [
+        f"hf://some/repo@{COMMIT}/a.bin",
+        f"hf://some/repo@{COMMIT}/sub/b.bin",
+        f"{server.url}/c",
+    ]
+    listed = [line.rsplit(", ", 1)[1] for line in neon("download", "--list", "--all").splitlines()]
+    assert listed == ["pinned"] * 3
+    assert {path for method, path, _ in server.seen if method == "GET"} == {
+        f"/some/repo/resolve/{COMMIT}/a.bin",
+        f"/some/repo/resolve/{COMMIT}/sub/b.bin",
+        "/c",
+    }
+    Path("a.bin").unlink()
+    server.seen.clear()
+    neon("download", "a.bin")
+    assert {path for _, path, _ in server.seen} == {f"/some/repo/resolve/{COMMIT}/a.bin"}
+
+
+@pytest.mark.parametrize("commit", [None, "main"])
+def test_a_hub_that_announces_no_commit_pins_no_revision(table, server, commit):
+    server.commit = commit
+    table("released,a.bin,hf://some/repo@main/a.bin,,")
+    neon("download")
+    assert [(row["source"], row["sha256"]) for row in read_table()] == [("hf://some/repo@main/a.bin", DIGEST)]
+
+
+@pytest.mark.parametrize(
+    ("revision", "digest", "pinned"),
+    [("main", "", False), ("v1", "", False), (COMMIT, "", True), ("main", DIGEST, True)],
+)
+def test_a_commit_or_a_digest_pins_a_row(table, revision, digest, pinned):
+    table(f"released,a.bin,hf://some/repo@{revision}/a.bin,,{digest}")
+    assert neon("download", "--list").endswith(", pinned\n" if pinned else ", not pinned\n")
+
+
 @pytest.mark.parametrize("kind", ROWS)
 def test_wrong_bytes_are_not_kept(table, server, kind, capfd):
     table(f"released,checkpoints/a.bin,{ROWS[kind]},{len(DATA)},{DIGEST}")
@@ -185,14 +237,15 @@ def test_the_hub_names_the_digest_of_a_file_that_is_not_known_yet(table, server,
     table(f"released,checkpoints/a.bin,{ROWS['hub']},,")
     server.digest = "0" * 64
     assert f"not {'0' * 64}" in failure(capfd)[0] and not list(Path("checkpoints").iterdir())
-    assert {path for _, path, _ in server.seen} == {"/some/repo/resolve/v1/file.bin"}
+    assert {path for _, path, _ in server.seen} == {f"/some/repo/resolve/{at}/file.bin" for at in ("v1", COMMIT)}
 
 
 def test_the_token_is_for_the_hub_alone(table, server):
     server.elsewhere = "/cdn/file.bin"
     table(f"released,a.bin,{ROWS['hub']},,", "released,b.bin,{url}/b.bin,,")
     neon("download")
-    assert server.tokens == {"/some/repo/resolve/v1/file.bin": "Bearer secret", "/cdn/file.bin": None, "/b.bin": None}
+    hub = {f"/some/repo/resolve/{at}/file.bin": "Bearer secret" for at in ("v1", COMMIT)}
+    assert server.tokens == {**hub, "/cdn/file.bin": None, "/b.bin": None}
 
 
 def test_groups_names_and_errors(table, capfd):
@@ -208,7 +261,7 @@ def test_groups_names_and_errors(table, capfd):
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_offline(table, kind, capfd, monkeypatch):
-    """Every file that cannot be had is named, with the place where to put it; the others are brought."""
+    """Every file that cannot be had is named, with the place where to put it; the others are downloaded."""
     table(f"released,checkpoints/a.bin,{ROWS[kind].replace('file', 'gone')},,", "released,checkpoints/b.bin,{url}/b,,")
     found = failure(capfd)
     assert "put the file at checkpoints/a.bin" in found[0] and "1 of 2 files" in found[1]
@@ -218,7 +271,7 @@ def test_offline(table, kind, capfd, monkeypatch):
     assert "put the file at checkpoints/a.bin" in failure(capfd)[0]
 
 
-def test_the_script_goes_on_after_a_kill(table, server, tmp_path):
+def test_the_script_resumes_after_a_kill(table, server, tmp_path):
     table(f"released,checkpoints/a.bin,{ROWS['hub']},,")
     shutil.copy(ROOT / "download_models.sh", tmp_path)
     server.data, server.pause = os.urandom(2**20) * 20, 0.003
@@ -226,16 +279,16 @@ def test_the_script_goes_on_after_a_kill(table, server, tmp_path):
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     command = {"args": ["bash", tmp_path / "download_models.sh"], "env": environment, "cwd": "/"}
     process = subprocess.Popen(**command, start_new_session=True)
-    partial, deadline = tmp_path / "checkpoints" / ".a.bin.partial", time.monotonic() + 60
-    while (not partial.exists() or partial.stat().st_size < 2**20) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    partial = tmp_path / "checkpoints" / ".a.bin.partial"
+    wait_for(lambda: size(partial) >= 2**20)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert 0 < partial.stat().st_size < len(server.data)
     server.seen.clear()
     server.pause = 0
     subprocess.run(**command, check=True, stdout=subprocess.DEVNULL)
-    assert (tmp_path / "checkpoints" / "a.bin").read_bytes() == server.data and not partial.exists()
+    assert (tmp_path / "checkpoints" / "a.bin").read_bytes() == server.data
+    assert os.listdir(partial.parent) == ["a.bin"]
     assert [first > 0 for method, path, first in server.seen if method == "GET" and "resolve" in path] == [True]
 
 

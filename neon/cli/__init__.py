@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
         from neon.cli.parser import parse
 
         args = parse(argv, prog)
-        from neon.cli import commands  # not before the options are known to be sound: it loads torch
+        from neon.cli import commands  # only now that the options are right: it loads torch
 
         getattr(commands, args.run)(args)
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
 
 
 def command_line(run: Callable[[], None]) -> None:
-    """Call `run` as a program: what the user can mend becomes one line on stderr and exit status 1."""
+    """Call `run` as a program: what the user can fix becomes one line on stderr and exit status 1."""
     try:
         run()
     except NeonError as error:

@@ -54,7 +54,7 @@ def calculate_fid(
     """
     started = time.monotonic()
     with world(args.device, family.released_tf32 if args.tf32 is None else args.tf32) as here:
-        reference = load_reference(local(ref, "fid_stats", here))
+        reference = load_reference(local(ref, "fid_stats"))
         extractor = load_extractor(args.features, here.device)
         metrics = parse_metrics(args.metrics, extractor, reference)
         evaluation = Evaluation(seeds, extractor, reference, metrics, batch_size, here)

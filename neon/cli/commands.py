@@ -14,7 +14,7 @@ from neon.cli.options import loading, precision_of, sampling_options
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
 from neon.family import get_family, named
-from neon.fetch import GROUPS, TABLE, bring, choose, read_table, write_table
+from neon.fetch import GROUPS, TABLE, choose, fetch_row, pinned, read_table
 from neon.files import atomic, existing, sha256, write_json
 from neon.generate import generate
 from neon.measure.candidates import Candidates, Point
@@ -31,22 +31,26 @@ from neon.weights.summary import MergeSummary, buffer_rules
 
 
 def run_download(args) -> None:
-    rows = read_table()
     flags = [group for group in ("base", "vae") if getattr(args, group)]
-    chosen = choose(rows, GROUPS if args.all else [*args.names, *flags] or ("released", "stats"))
+    chosen = choose(read_table(), GROUPS if args.all else [*args.names, *flags] or ("released", "stats"))
+    if args.list:
+        return _list_downloads(chosen)
     failed = 0
     for row in chosen:
-        if args.list:
-            there = "here" if Path(row["path"]).exists() else "not here"
-            print(f"{row['group']:9s} {row['path']}  {row['source']}  {there}")
-            continue
         try:
-            print(f"{row['path']} {bring(row, lambda: write_table(rows))}", flush=True)
+            print(f"{row['path']} {fetch_row(row)}", flush=True)
         except NeonError as error:
             failed += 1
             print("error:", " ".join(str(error).split()), file=sys.stderr)
     if failed:
         raise NeonError(f"{failed} of {len(chosen)} files of {TABLE} are not there or not whole")
+
+
+def _list_downloads(rows) -> None:
+    for row in rows:
+        here = "here" if Path(row["path"]).exists() else "not here"
+        fixed = "pinned" if pinned(row) else "not pinned"
+        print(f"{row['group']:9s} {row['path']}  {row['source']}  {here}, {fixed}")
 
 
 def run_merge(args) -> None:

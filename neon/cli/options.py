@@ -5,13 +5,16 @@ import dataclasses
 import typing
 from pathlib import Path
 
-DTYPES = ("float32", "float16", "bfloat16")
+from neon.family import FAMILIES
+from neon.precision import DTYPES
 
 
-def add_family(p: argparse.ArgumentParser) -> None:
-    from neon.family import FAMILIES
-
-    p.add_argument("--family", required=True, help=", ".join(FAMILIES))
+def add_family(p: argparse.ArgumentParser, family) -> None:
+    """--family; the help's last lines say how to see the options of a family, if none is named yet."""
+    names = ", ".join(FAMILIES)
+    p.add_argument("--family", required=True, help=names)
+    if not family:
+        p.epilog = f"families: {names}. `%(prog)s --family NAME --help` also shows the options of that family."
 
 
 def add_replace(p: argparse.ArgumentParser) -> None:
@@ -65,7 +68,7 @@ def add_metrics(p: argparse.ArgumentParser) -> None:
 
 
 def add_training(p: argparse.ArgumentParser, family) -> None:
-    add_family(p)
+    add_family(p, family)
     add_device(p)
     p.add_argument(
         "--recipe", required=True, help=", ".join(family.recipes) if family else "named recipe of the family"
@@ -86,7 +89,7 @@ def add_training(p: argparse.ArgumentParser, family) -> None:
 
 
 def add_sampling(p: argparse.ArgumentParser, family) -> None:
-    add_family(p)
+    add_family(p, family)
     p.add_argument("--seeds", required=True, help="images by seed: 0-49999 or 1,5-9")
     p.add_argument("--batch_size", type=count, default=64, help="per process; changes nothing but speed")
     if family:

@@ -14,6 +14,7 @@ from neon.cli.options import (
     checkpoint,
     count,
 )
+from neon.family import get_family
 
 
 def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
@@ -22,9 +23,7 @@ def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
 
 
 def _peek_family(argv: Sequence[str]):
-    """The family named on the command line, whose options join the parser's; None if there is none."""
-    from neon.family import get_family
-
+    """The family named on the command line, whose options join the parser's; None, and no torch, if there is none."""
     peek = argparse.ArgumentParser(add_help=False)
     peek.add_argument("--family")
     name = peek.parse_known_args(argv)[0].family
@@ -41,14 +40,14 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    p = command("download", "run_download", "bring the checkpoints and statistics listed in downloads.csv")
+    p = command("download", "run_download", "download the checkpoints and statistics listed in downloads.csv")
     p.add_argument(
         "names", nargs="*", metavar="NAME", help="file or group: released, stats, base, vae (default: the first two)"
     )
     p.add_argument("--base", action="store_true", help="the bases that the recipes need")
     p.add_argument("--vae", action="store_true", help="the autoencoders of VAR, xAR and IMM")
     p.add_argument("--all", action="store_true", help="everything")
-    p.add_argument("--list", action="store_true", help="show what there is to download, and download nothing")
+    p.add_argument("--list", action="store_true", help="list the files (here? pinned?), download nothing")
 
     p = command("merge", "run_merge", "write θ_r − w (θ_s − θ_r) in the base's format")
     p.add_argument(
@@ -110,7 +109,7 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     add_evaluation(p)
 
     p = command("grid", "run_grid", "contact sheets of the models that `neon final` compared, from the same seeds")
-    add_family(p)
+    add_family(p, family)
     p.add_argument("--final", required=True, help="what `neon final` wrote")
     p.add_argument("--seeds", default="0-39", help="images by seed (default %(default)s)")
     p.add_argument("--columns", type=count, default=20)

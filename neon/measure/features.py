@@ -3,7 +3,6 @@
 An extractor turns a batch of images into features and, if it is a classifier, logits.
 """
 
-import http.client
 import importlib
 import io
 import os
@@ -16,6 +15,7 @@ import torch
 import torch.nn as nn
 
 from neon import NeonError
+from neon.fetch import fetch
 from neon.files import sha256
 
 # What `--features NAME[:ARGUMENT]` may name: a function (argument, device) → Extractor, imported when it is asked for.
@@ -81,7 +81,7 @@ def inception(weights_path: str | os.PathLike | None = None, device: torch.devic
     empty.seek(0)
     name, layers = "inception-v3-compat", ["2048", "logits_unbiased"]
     try:
-        with torch.random.fork_rng(devices=[]):  # the weights a constructor draws are not for others to notice
+        with torch.random.fork_rng(devices=[]):  # building a network must not move the global stream
             module = Inception(name, layers, feature_extractor_weights_path=empty)
     except (RuntimeError, AttributeError, TypeError):
         raise NeonError(f"{path} does not hold the weights of torch-fidelity's InceptionV3") from None
@@ -90,18 +90,14 @@ def inception(weights_path: str | os.PathLike | None = None, device: torch.devic
 
 
 def _download_inception() -> Path:
-    """The published weights where torch-fidelity itself keeps them; fetched if they are not there."""
+    """The published weights where torch-fidelity itself keeps them, downloaded if missing and checked by their name."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
 
     path = Path(torch.hub.get_dir(), "checkpoints", URL.rpartition("/")[2])
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(path), hash_prefix=path.stem.rpartition("-")[2])
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            raise NeonError(
-                f"cannot download the InceptionV3 weights ({error}); fetch {URL} elsewhere and give inception:PATH"
-            ) from None
+    try:
+        fetch(URL, path, digest=path.stem.rpartition("-")[2])
+    except NeonError as error:
+        raise NeonError(f"{error}, or give inception:PATH") from None
     return path
 
 
