@@ -23,6 +23,6 @@ def test_links_to_files_lead_somewhere():
 
 def test_the_python_example_runs():
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    base, finetuned, model = (torch.nn.Linear(3, 2) for _ in range(3))
-    exec(example, {"base": base, "finetuned": finetuned, "model": model})
-    torch.testing.assert_close(model.weight, 2 * base.weight - finetuned.weight)
+    base, selftrained, model = (torch.nn.Linear(3, 2) for _ in range(3))
+    exec(example, {"base": base, "selftrained": selftrained, "model": model})
+    torch.testing.assert_close(model.weight, 2 * base.weight - selftrained.weight)
