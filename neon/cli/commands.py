@@ -57,7 +57,7 @@ def run_merge(args) -> None:
     family = get_family(args.family) if args.family else None
     with open_weights(args.base, args.key) as base, open_weights(args.selftrained, args.selftrained_key) as selftrained:
         if not (args.key and args.selftrained_key):
-            check_same_key(base, selftrained)
+            check_same_key(base, selftrained, "say with both --key and --selftrained_key which to merge")
         summary = MergeSummary(buffer_rules(base, family, args.buffers))
         write_weights(args.out, base, merge(base, selftrained, args.w, summary.is_buffer, summary.observe))
     print(f"base           {base.origin}\nself-trained   {selftrained.origin}")

@@ -9,7 +9,7 @@ import torch
 from neon import NeonError
 from neon.family import Family
 from neon.merge import is_finite, merge
-from neon.weights.checkpoint import load_weights
+from neon.weights.checkpoint import check_same_key, load_weights, open_weights
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Candidates:
         self.model = family.load(base, device=device, precision=precision, **options)
         if compile:
             self.model.compile()
-        self._read = lru_cache(maxsize=1)(load_weights)
+        self._read = lru_cache(maxsize=1)(self._read_selftrained)
 
     @cached_property
     def vae_sha256(self) -> str | None:
@@ -51,6 +51,11 @@ class Candidates:
             if tensor.is_floating_point() and not self.family.is_buffer(name) and not is_finite(tensor):
                 raise NeonError(f"{self.base_path}: {name} is not finite")
         return state
+
+    def _read_selftrained(self, path: str | Path) -> dict[str, torch.Tensor]:
+        with open_weights(self.base_path) as base, open_weights(path) as weights:
+            check_same_key(base, weights, "write the one you mean as a file of its own: neon convert --key")
+            return dict(weights.items())
 
     def load(self, selftrained: str | Path | None, w: float) -> torch.nn.Module:
         """The network with merged weights; w = 0 or no snapshot is the base."""

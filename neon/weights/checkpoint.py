@@ -184,13 +184,11 @@ def open_weights(path: str | Path, key: str | None = None) -> Weights:
     raise NeonError(f"{path}: unknown kind of checkpoint (know .safetensors, .pth, .pt, .ckpt, .pkl)")
 
 
-def check_same_key(base: Weights, selftrained: Weights) -> None:
-    """Raises NeonError if both are nested and were taken from different keys, such as 'model_ema' and 'model'."""
+def check_same_key(base: Weights, selftrained: Weights, advice: str) -> None:
+    """Raises NeonError, which ends with the advice, if both are nested and taken from different keys, such as
+    'model_ema' and 'model'."""
     if base.key and selftrained.key and base.key != selftrained.key:
-        raise NeonError(
-            f"the base is {base.origin}; the self-trained model is {selftrained.origin}; "
-            "say with both --key and --selftrained_key which to merge"
-        )
+        raise NeonError(f"the base is {base.origin}; the self-trained model is {selftrained.origin}; {advice}")
 
 
 def load_weights(path: str | Path, key: str | None = None) -> dict[str, torch.Tensor]:
