@@ -43,7 +43,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Loading:
-    """What load and create need beside the checkpoint."""
+    """What load and create need besides the checkpoint."""
 
     vae_ckpt: str = option("", "file of the VQVAE (default: looked for near the checkpoint)")
 
@@ -74,7 +74,7 @@ def is_buffer(tensor_name: str) -> bool:
 
 
 def create(config: str, *, device: torch.device | str, vae_ckpt: str = "", **options) -> VAR:
-    """A new transformer, initialised from the global generator, beside a trained VQVAE.
+    """A new transformer, initialised from the global generator, with a trained VQVAE.
 
     Raises NeonError for an unknown configuration or if the VQVAE is not found.
     """

@@ -1,4 +1,4 @@
-"""Images per second of xAR sampling, and what caching, halving the first cell's batch, precision and compiling bring.
+"""Images per second of xAR sampling: what caching, a smaller first cell, precision and compiling are worth.
 
     python benchmarks/xar_sampling.py [--network xar_base] [--batches 1,4,16] [--flow_steps 10] [--rounds 3]
 

@@ -1,4 +1,4 @@
-"""Non-leaking augmentation (Karras et al. 2022, App. F.2): random geometry, and labels that tell the network of it."""
+"""Non-leaking augmentation (Karras et al. 2022, App. F.2): random geometry, and labels of it for the network."""
 
 import math
 from collections.abc import Sequence

@@ -42,7 +42,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Loading:
-    """Nothing beside the checkpoint."""
+    """Nothing besides the checkpoint."""
 
 
 def is_buffer(tensor_name: str) -> bool:

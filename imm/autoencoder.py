@@ -50,7 +50,7 @@ class StableDiffusionVAE(nn.Module):
 
 
 def find_vae(given: str = "", checkpoint: str | Path | None = None) -> str:
-    """The given source, or a folder of the released name beside the checkpoint or in checkpoints/, or the hub id."""
+    """The given source, or a folder of the released name next to the checkpoint or in checkpoints/, or the hub id."""
     near = [Path(checkpoint).parent] if checkpoint else []
     folders = (folder / NAME for folder in [*near, Path("checkpoints")])
     return given or next((str(f) for f in folders if f.is_dir()), HUB)

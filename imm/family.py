@@ -23,7 +23,7 @@ from neon.weights.checkpoint import values_sha256
 
 name = "imm"
 networks, recipes = NETWORKS, RECIPES
-# The released code samples under float16 autocast, which its network turns off; the VAE alone feels it.
+# The released code samples under float16 autocast, which its network turns off: only the VAE decodes in float16.
 released_precision, released_tf32 = "float32+float16", True
 
 
@@ -38,7 +38,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Loading:
-    """What load and create need beside the checkpoint."""
+    """What load and create need besides the checkpoint."""
 
     vae: str = option("", "folder or hub id of the VAE (default: looked for near the checkpoint)")
 

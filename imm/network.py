@@ -42,7 +42,7 @@ def timestep_embedding(t: torch.Tensor, width: int = 256) -> torch.Tensor:
 def position_table(hidden: int, grid: int) -> torch.Tensor:
     """Fixed 2-D sinusoids of a grid x grid image in row-major order, (grid², hidden) float64.
 
-    The first half of the channels tells the column, the second the row; each is [sin, cos].
+    The first half of the channels is the column, the second the row; each is [sin, cos].
     """
     k = torch.arange(hidden // 4, dtype=torch.float64)
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * 10000 ** (-k / (hidden // 4))

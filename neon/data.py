@@ -202,7 +202,7 @@ def window_order(n: int, seed: int) -> Iterator[int]:
 
 
 def epoch_order(n: int, seed: int) -> Iterator[int]:
-    """Every image once per epoch, in an order drawn anew from (seed, epoch)."""
+    """Every image once per epoch, in a new order drawn from (seed, epoch)."""
     for epoch in itertools.count():
         yield from np.random.default_rng([seed, epoch]).permutation(n).tolist()
 

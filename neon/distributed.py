@@ -56,7 +56,7 @@ class World:
 
 
 def rank() -> int:
-    """This process's rank as torchrun tells it, before any set-up."""
+    """This process's rank as torchrun sets it in the environment, before any set-up."""
     return int(os.environ.get("RANK", 0))
 
 

@@ -64,7 +64,7 @@ def _is_still(path: Path, file) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder with all in it; killed halfway, no part of it is left under its name."""
+    """Delete a folder with all in it; if it is killed, no part of it is left under its name."""
     trash = folder.with_name(f".{folder.name}.partial")
     _remove(trash)
     os.replace(folder, trash)

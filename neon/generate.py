@@ -28,8 +28,8 @@ def generate(
 ) -> None:
     """Write one PNG per seed, named by the seed, to `out`, and dataset.json when all are there.
 
-    sample: seeds (b,) → uint8 (b, C, H, W); labels: seeds (b,) → (b,) int64 or None. identity: JSON values that tell
-    this set from any other (checkpoint, sampling options), kept in generate.json. Images that are there are kept, so an
+    sample: seeds (b,) → uint8 (b, C, H, W); labels: seeds (b,) → (b,) int64 or None. identity: JSON values that no
+    other set has (checkpoint, sampling options), kept in generate.json. Images that are there are kept, so an
     interrupted run resumes; the files are the same for any batch size and number of processes. replace: delete another
     set that is there. Raises NeonError if the folder holds anything else, or if seeds repeat; Diverged.
     """

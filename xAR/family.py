@@ -36,7 +36,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Loading:
-    """What load and create need beside the checkpoint."""
+    """What load and create need besides the checkpoint."""
 
     vae_path: str = option(str(Path(__file__).parent / "pretrained" / "kl16.ckpt"), "file of the VAE")
 
@@ -65,7 +65,7 @@ class Model(nn.Module):
         return self.vae.image_channels, side, side
 
     def compile(self, *args, **kwargs):
-        """The MLPs, which are alike; attention would be compiled anew for every state of its cache."""
+        """The MLPs, which are alike; attention would be compiled again for every state of its cache."""
         for block in (*self.transformer.encoder_blocks, *self.transformer.decoder_blocks):
             block.mlp.compile(*args, dynamic=True, **kwargs)
 
@@ -88,7 +88,7 @@ def is_buffer(tensor_name: str) -> bool:
 
 
 def create(config: str, *, device: torch.device | str, vae_path: str = Loading.vae_path, **options) -> Model:
-    """A new transformer, initialised from the global generator, beside a trained VAE.
+    """A new transformer, initialised from the global generator, with a trained VAE.
 
     Raises NeonError for an unknown configuration or if the VAE is missing.
     """

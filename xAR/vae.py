@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nets.autoencoder import Decoder, Encoder
 
-LATENT_SCALE = 0.2325  # brings the latents to about unit variance
+LATENT_SCALE = 0.2325  # scales the latents to about unit variance
 
 
 class AutoencoderKL(nn.Module):

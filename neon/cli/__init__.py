@@ -40,7 +40,7 @@ def fail(error: str) -> NoReturn:
     from neon.distributed import rank
 
     if rank():
-        time.sleep(2)  # the same error on every rank: let rank 0 say it, whereupon torchrun stops the others
+        time.sleep(2)  # the same error on every rank: let rank 0 print it; torchrun then stops the others
     print("error:", " ".join(error.split()), file=sys.stderr)
     sys.exit(1)
 

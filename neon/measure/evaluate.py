@@ -61,7 +61,7 @@ class Evaluation:
         return tuple(m for m in self.metrics if m in ("kid", "precision", "recall"))
 
     def identity(self) -> dict:
-        """What the numbers depend on beside the model, JSON values."""
+        """What the numbers depend on besides the model, JSON values."""
         seeds = self.seeds.tolist()
         return {
             "n": len(seeds),

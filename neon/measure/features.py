@@ -32,7 +32,7 @@ class Features(NamedTuple):
 class Extractor:
     """Call with uint8 images (N, 3, H, W) on any device → Features on `device`. Raises NeonError for other input.
 
-    name: tells kinds and weights apart; dim: of the features; classes: of the logits, or None.
+    name: of its kind and weights; dim: of the features; classes: of the logits, or None.
     """
 
     name: str

@@ -263,7 +263,7 @@ def _float64(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Mean over seeds and half-width of its Student t-interval; for a paired comparison pass the differences.
 
-    A single value tells nothing about the spread: half-width inf. Raises NeonError for no values.
+    A single value has no known spread: half-width inf. Raises NeonError for no values.
     """
     x = np.asarray(values, dtype=np.float64)
     if x.size == 0:
