@@ -17,6 +17,7 @@ from neon.sampling import Streams, from_uint8
 from neon.weights.checkpoint import load_into, load_weights, open_weights, values_sha256
 from VAR.augment import enlarged_crops
 from VAR.configs import CONFIGS as networks
+from VAR.configs import PRESETS as presets
 from VAR.configs import RECIPES as recipes
 from VAR.configs import Config
 from VAR.loss import code_loss
@@ -25,9 +26,22 @@ from VAR.sampler import to_uint8
 from VAR.transformer import Transformer
 from VAR.vqvae import VQVAE
 
-__all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
+__all__ = [
+    "check",
+    "create",
+    "is_buffer",
+    "labels",
+    "load",
+    "loss",
+    "metadata",
+    "networks",
+    "presets",
+    "recipes",
+    "sample",
+]
 
 name = "var"
+PAPER = presets["var_d16"].sampling
 RELEASED_VQVAE = "vae_ch160v4096z32.pth"
 
 
@@ -35,9 +49,9 @@ RELEASED_VQVAE = "vae_ch160v4096z32.pth"
 class Sampling:
     """Options of the sampler; the defaults are those of the paper's evaluation of d16."""
 
-    cfg: float = 2.9  # guidance at the last scale; it grows from 0 at the first, and 0 is none
-    top_k: int = 900  # 0 keeps all codes
-    top_p: float = 0.95  # 0 keeps all
+    cfg: float = PAPER["cfg"]  # guidance at the last scale; it grows from 0 at the first, and 0 is none
+    top_k: int = PAPER["top_k"]  # 0 keeps all codes
+    top_p: float = PAPER["top_p"]  # 0 keeps all
     temperature: float = 1.0
     more_smooth: bool = False  # nicer images, worse FID
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from edm.augment import augment as augmented
 from edm.configs import NETWORKS as networks
+from edm.configs import PRESETS as presets
 from edm.configs import RECIPES as recipes
 from edm.loss import edm_loss
 from edm.network import EDMPrecond
@@ -30,18 +31,20 @@ __all__ = [
     "loss",
     "metadata",
     "networks",
+    "presets",
     "recipes",
     "sample",
 ]
 
 name = "edm"
+PAPER = presets["edm_cifar10_cond"].sampling
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of the sampler (Karras et al. 2022, Algorithm 2); the defaults are the paper's for CIFAR-10."""
 
-    num_steps: int = 18
+    num_steps: int = PAPER["num_steps"]
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from flow.configs import NETWORKS as networks
+from flow.configs import PRESETS as presets
 from flow.configs import RECIPES as recipes
 from flow.loss import flow_loss
 from flow.network import UNet
@@ -16,16 +17,29 @@ from neon.precision import autocast
 from neon.sampling import from_uint8, start, to_uint8
 from neon.weights import network
 
-__all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
+__all__ = [
+    "check",
+    "create",
+    "is_buffer",
+    "labels",
+    "load",
+    "loss",
+    "metadata",
+    "networks",
+    "presets",
+    "recipes",
+    "sample",
+]
 
 name = "flow"
+PAPER = presets["flow_cifar10"].sampling
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of the solver; the defaults are those of the public checkpoints' evaluation."""
 
-    solver: Literal["dopri5", "heun", "euler"] = "dopri5"
+    solver: Literal["dopri5", "heun", "euler"] = PAPER["solver"]
     num_steps: int = 100  # of heun and euler
     tol: float = 1e-5  # of dopri5, relative and absolute
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from imm.autoencoder import StableDiffusionVAE, find_vae
 from imm.configs import NETWORKS as networks
+from imm.configs import PRESETS as presets
 from imm.configs import RECIPES as recipes
 from imm.latents import decode, encode, sample_posterior, to_uint8
 from imm.loss import draw, moment_matching_loss
@@ -22,17 +23,30 @@ from neon.sampling import Streams, from_uint8
 from neon.weights import network
 from neon.weights.checkpoint import values_sha256
 
-__all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
+__all__ = [
+    "check",
+    "create",
+    "is_buffer",
+    "labels",
+    "load",
+    "loss",
+    "metadata",
+    "networks",
+    "presets",
+    "recipes",
+    "sample",
+]
 
 name = "imm"
+PAPER = presets["imm_t8"].sampling
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of the pushforward sampler; the defaults are those of the released model's evaluation."""
 
-    num_steps: int = 8
-    cfg_scale: float = 1.8  # guidance; 1 is none
+    num_steps: int = PAPER["num_steps"]
+    cfg_scale: float = PAPER["cfg_scale"]  # guidance; 1 is none
     schedule: Literal["uniform", "edm"] = "uniform"
 
 

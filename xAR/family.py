@@ -14,15 +14,29 @@ from neon.precision import autocast
 from neon.sampling import Streams, from_uint8
 from neon.weights.checkpoint import Weights, load_into, load_weights, open_weights, values_sha256
 from xAR.configs import NETWORKS as networks
+from xAR.configs import PRESETS as presets
 from xAR.configs import RECIPES as recipes
 from xAR.loss import draw, noisy_context_loss
 from xAR.network import XAR
 from xAR.sampler import sample as sample_latents
 from xAR.vae import AutoencoderKL, Patches, to_uint8
 
-__all__ = ["check", "create", "is_buffer", "labels", "load", "loss", "metadata", "networks", "recipes", "sample"]
+__all__ = [
+    "check",
+    "create",
+    "is_buffer",
+    "labels",
+    "load",
+    "loss",
+    "metadata",
+    "networks",
+    "presets",
+    "recipes",
+    "sample",
+]
 
 name = "xar"
+PAPER = presets["xar_l"].sampling
 DECODED = 16  # images that pass the VAE's decoder at once, which bounds its memory
 
 
@@ -30,8 +44,8 @@ DECODED = 16  # images that pass the VAE's decoder at once, which bounds its mem
 class Sampling:
     """Options of the sampler; the defaults are those of the paper's number for xAR-L."""
 
-    cfg: float = 2.7  # guidance of the last cell; it rises from 1, which is none, at the first
-    flow_steps: int = 50  # network calls per cell
+    cfg: float = PAPER["cfg"]  # guidance of the last cell; it rises from 1, which is none, at the first
+    flow_steps: int = PAPER["flow_steps"]  # network calls per cell
 
 
 @dataclass(frozen=True)
