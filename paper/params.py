@@ -1,0 +1,147 @@
+"""Write the part of params.yaml that follows from the presets of the families: `python -m paper.params`.
+
+What stands above the marker is written by hand and stays.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from neon import NeonError
+from neon.cli import command_line
+from neon.family import FAMILIES, Preset, get_family
+from neon.fetch import read_table
+from neon.files import atomic
+
+ROOT = Path(__file__).parent.parent
+MARKER = (
+    "# Below: written by `python -m paper.params` from PRESETS in the families' configs.py. Change numbers there.\n"
+)
+MODELS = """\
+# θ_r → S → θ_s. `decoder`: what turns latents into pixels; for models of pixels, their own file. `batch_size`: images
+# per forward pass and process. `synthetic`: the seeds of S. `compute`, `train`: further options of `neon generate` and
+# of `neon selftrain`; batch, lr, budget, … in `train` would change the recipe.
+"""
+POINTS = """\
+# θ_r, θ_s → the best w (and guidance) → FID. `search`: options of `neon search`; a row of w ends when FID exceeds its
+# best by `stop`. `paper`: what the paper reports, and its lines in Table A.1.
+"""
+RELEASED = """\
+# The released checkpoints, with the options behind the paper's number; _readme: with those of the released README,
+# where they differ.
+"""
+
+
+def presets() -> dict[str, tuple[str, Preset]]:
+    """Name → its family's name and the preset."""
+    rows = ((family, name, row) for family in FAMILIES for name, row in get_family(family).presets.items())
+    return {name: (family, row) for family, name, row in rows}
+
+
+def model_of(name: str, row: Preset) -> str:
+    """The entry of `models` whose S and θ_s a row stands on."""
+    return row.trained_as or name
+
+
+def models(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
+    return {
+        model_of(name, row): {
+            "family": family,
+            "base": row.base,
+            "decoder": row.vae or row.base,
+            "reference": row.reference,
+            "batch_size": row.batch_size,
+            "synthetic": row.seeds,
+            "sampling": dict(row.made_with),
+            "compute": {"precision": row.precision} if row.precision else {},
+            "recipe": row.recipe,
+            "train": {"micro_batch": row.micro_batch},
+        }
+        for name, (family, row) in rows.items()
+    }
+
+
+def points(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
+    """What differs from the model of each point; '<<' names that model."""
+    return {
+        name: {
+            "<<": model_of(name, row),
+            "model": model_of(name, row),
+            "sampling": row.fixed,
+            "search": {"w": row.w} | ({"grid": row.grid} if row.grid else {}) | {"stop": row.stop},
+            "paper": {
+                "base": row.fid[0],
+                "neon": row.fid[1],
+                "w": row.best_w,
+                "guidance": row.sampling.get(row.searched),
+                "table": row.reference,
+                "kind": row.kind,
+                "rows": list(row.rows),
+            },
+        }
+        for name, (_, row) in rows.items()
+    }
+
+
+def released(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
+    """The same for each released checkpoint."""
+    return {
+        name + suffix: {"<<": model_of(name, row), "checkpoint": row.released}
+        | ({} if row.vae else {"decoder": row.released})
+        | {"sampling": dict(sampling)}
+        for name, (_, row) in rows.items()
+        for suffix, sampling in (("", row.sampling), ("_readme", row.readme))
+        if row.released and sampling
+    }
+
+
+def files(rows: Mapping[str, tuple[str, Preset]], references: Mapping[str, Mapping]) -> dict[str, str]:
+    """Everything that stages fetch, by the name of its stage. A folder stands for what downloads.csv lists in it."""
+    known = [row["path"] for row in read_table(ROOT / "downloads.csv")]
+    named = {model_of(name, row): row.base for name, (_, row) in rows.items()}
+    for path, family in {row.vae: family for family, row in rows.values() if row.vae}.items():
+        for file in (file for file in known if file == path or file.startswith(f"{path}/")):
+            named[f"vae_{family}" + ("_config" if file.endswith("/config.json") else "")] = file
+    named |= {f"neon_{model_of(name, row)}": row.released for name, (_, row) in rows.items() if row.released}
+    return named | {f"stats_{name}": reference["statistics"] for name, reference in references.items()}
+
+
+def inline(value) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).split("\n")[0]
+
+
+def entry(name: str, fields: Mapping) -> str:
+    """A mapping as YAML, one line per field."""
+    lines = [f"    {field}: {f'*{value}' if field == '<<' else inline(value)}" for field, value in fields.items()]
+    return "\n".join([f"  {name}", *lines]) + "\n"
+
+
+def generated(references: Mapping[str, Mapping]) -> str:
+    """The sections files, models, points and released."""
+    rows = presets()
+    text = "\n# Fetched one by one as stages need them.\nfiles:\n"
+    text += "".join(f"  {name}: {path}\n" for name, path in files(rows, references).items())
+    text += f"\n{MODELS}models:\n" + "".join(entry(f"{name}: &{name}", item) for name, item in models(rows).items())
+    for title, comment, part in (("points", POINTS, points(rows)), ("released", RELEASED, released(rows))):
+        text += f"\n{comment}{title}:\n" + "".join(entry(f"{name}:", item) for name, item in part.items())
+    return text
+
+
+def filled(text: str) -> str:
+    """The text of params.yaml with its generated part written anew. Raises NeonError if the marker is not in it."""
+    head, marker, _ = text.partition(MARKER)
+    if not marker:
+        raise NeonError(f"params.yaml has lost the line that its generated part starts with: {MARKER}")
+    return head + marker + generated(yaml.safe_load(head)["references"])
+
+
+def main() -> None:
+    path = ROOT / "params.yaml"
+    text = filled(path.read_text())
+    with atomic(path) as partial:
+        partial.write_text(text)
+
+
+if __name__ == "__main__":
+    command_line(main)
