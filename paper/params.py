@@ -1,9 +1,9 @@
-"""Write the part of params.yaml that follows from the presets of the families: `python -m paper.params`.
+"""Write what follows from the presets into params.yaml, of the root and of paper/ablations: `python -m paper.params`.
 
 What stands above the marker is written by hand and stays.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
@@ -15,9 +15,7 @@ from neon.fetch import read_table
 from neon.files import atomic
 
 ROOT = Path(__file__).parent.parent
-MARKER = (
-    "# Below: written by `python -m paper.params` from PRESETS in the families' configs.py. Change numbers there.\n"
-)
+MARKER = "# Below: written by `python -m paper.params` from PRESETS of the families. Change numbers there.\n"
 MODELS = """\
 # θ_r → S → θ_s. `decoder`: what turns latents into pixels; for models of pixels, their own file. `batch_size`: images
 # per forward pass and process. `synthetic`: the seeds of S. `compute`, `train`: further options of `neon generate` and
@@ -26,6 +24,9 @@ MODELS = """\
 POINTS = """\
 # θ_r, θ_s → the best w (and guidance) → FID. `search`: options of `neon search`; a row of w ends when FID exceeds its
 # best by `stop`. `paper`: what the paper reports, and its lines in Table A.1.
+"""
+ABLATIONS = """\
+# The models that the ablations vary. `made_with`: the usual sampling of S; `sampling`, `search`: of evaluations.
 """
 RELEASED = """\
 # The released checkpoints, with the options behind the paper's number; _readme: with those of the released README,
@@ -107,40 +108,67 @@ def files(rows: Mapping[str, tuple[str, Preset]], references: Mapping[str, Mappi
     return named | {f"stats_{name}": reference["statistics"] for name, reference in references.items()}
 
 
+def ablations(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
+    """What the ablations need of their models."""
+    needed = {"edm_uncond": "edm_cifar10_uncond", "edm_cond": "edm_cifar10_cond", "var": "var_d16"}
+    model, point = models(rows), points(rows)
+    return {
+        own: {
+            **{key: model[name][key] for key in ("base", "decoder", "batch_size", "synthetic", "compute")},
+            "made_with": model[name]["sampling"],
+            **{key: model[name][key] for key in ("recipe", "train")},
+            **{key: point[name][key] for key in ("sampling", "search")},
+        }
+        for own, name in needed.items()
+    }
+
+
 def inline(value) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).split("\n")[0]
 
 
-def entry(name: str, fields: Mapping) -> str:
-    """A mapping as YAML, one line per field."""
-    lines = [f"    {field}: {f'*{value}' if field == '<<' else inline(value)}" for field, value in fields.items()]
-    return "\n".join([f"  {name}", *lines]) + "\n"
-
-
-def generated(references: Mapping[str, Mapping]) -> str:
-    """The sections files, models, points and released."""
-    rows = presets()
-    text = "\n# Fetched one by one as stages need them.\nfiles:\n"
-    text += "".join(f"  {name}: {path}\n" for name, path in files(rows, references).items())
-    text += f"\n{MODELS}models:\n" + "".join(entry(f"{name}: &{name}", item) for name, item in models(rows).items())
-    for title, comment, part in (("points", POINTS, points(rows)), ("released", RELEASED, released(rows))):
-        text += f"\n{comment}{title}:\n" + "".join(entry(f"{name}:", item) for name, item in part.items())
+def section(comment: str, name: str, items: Mapping[str, Mapping], anchors: bool = False) -> str:
+    """A section of the file as YAML, one line per field."""
+    text = f"\n{comment}{name}:\n"
+    for key, fields in items.items():
+        text += f"  {key}:" + (f" &{key}\n" if anchors else "\n")
+        text += "".join(f"    {k}: {f'*{value}' if k == '<<' else inline(value)}\n" for k, value in fields.items())
     return text
 
 
-def filled(text: str) -> str:
-    """The text of params.yaml with its generated part written anew. Raises NeonError if the marker is not in it."""
+def of_paper(head: str) -> str:
+    """The sections files, models, points and released. head: what stands above them."""
+    rows, references = presets(), yaml.safe_load(head)["references"]
+    fetched = "".join(f"  {name}: {path}\n" for name, path in files(rows, references).items())
+    return (
+        f"\n# Fetched one by one as stages need them.\nfiles:\n{fetched}"
+        + section(MODELS, "models", models(rows), anchors=True)
+        + section(POINTS, "points", points(rows))
+        + section(RELEASED, "released", released(rows))
+    )
+
+
+def of_ablations(head: str) -> str:
+    """The section `like`."""
+    return section(ABLATIONS, "like", ablations(presets()))
+
+
+def filled(text: str, generated: Callable[[str], str] = of_paper) -> str:
+    """The text of a params.yaml with its generated part written anew. Raises NeonError if the marker is not in it."""
     head, marker, _ = text.partition(MARKER)
     if not marker:
         raise NeonError(f"params.yaml has lost the line that its generated part starts with: {MARKER}")
-    return head + marker + generated(yaml.safe_load(head)["references"])
+    return head + marker + generated(head)
+
+
+FILES = {ROOT / "params.yaml": of_paper, ROOT / "paper" / "ablations" / "params.yaml": of_ablations}
 
 
 def main() -> None:
-    path = ROOT / "params.yaml"
-    text = filled(path.read_text())
-    with atomic(path) as partial:
-        partial.write_text(text)
+    for path, generated in FILES.items():
+        text = filled(path.read_text(), generated)
+        with atomic(path) as partial:
+            partial.write_text(text)
 
 
 if __name__ == "__main__":

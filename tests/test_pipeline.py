@@ -32,7 +32,7 @@ from neon.sampling import parse_seeds
 from neon.search import parse_grid
 
 sys.path += [str(ROOT), *(str(ROOT / "tests" / family) for family in ("edm", "flow", "var", "xar", "imm"))]
-from paper.params import MARKER, filled  # noqa: E402
+from paper.params import FILES, MARKER, filled
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 MODELS, POINTS, RELEASED = PARAMS["models"], PARAMS["points"], PARAMS["released"]
@@ -51,9 +51,10 @@ def dvc(*words, cwd=ROOT, check=True, timeout=280):
 # ---------------------------------------------------------------- the table of the paper
 
 
-def test_params_are_what_the_generator_writes():
-    text = (ROOT / "params.yaml").read_text()
-    assert filled(text) == text
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_params_are_what_the_generator_writes(path):
+    text = path.read_text()
+    assert filled(text, FILES[path]) == text
 
 
 def test_the_hand_written_part_of_params_stays():
