@@ -220,6 +220,7 @@ def test_a_preset_chooses_what_the_pipeline_passes(stages, command, name):
     model = PRESETS[name][1].trained_as or name
     stage = {"generate": f"generate@{model}", "selftrain": f"selftrain@{model}", "evaluate": f"released@{name}"}
     (words,) = commands(stages[stage.get(command, f"{command}@{name}")])
+    assert ("--precision" in words) == (command == "generate" and bool(PRESETS[name][1].precision))
     wanted = vars(parse(words, "neon"))
     places = {"out", "data", "selftrained", "ref", "features", "metrics", "device"}
     places |= {"final": {"search", "seeds"}, "search": {"seeds"}, "evaluate": {"seeds"}}.get(command, set())

@@ -61,14 +61,6 @@ def preset_line(args) -> str:
     return f"preset {args.preset}: " + " ".join(f"--{name} {text}" for name, text in texts.items() if text)
 
 
-class Replace(argparse.Action):
-    """Collects an option that is given several times, in place of its default."""
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*(before if before is not self.default else []), value])
-
-
 def add_replace(p: argparse.ArgumentParser) -> None:
     p.add_argument("--replace", action="store_true", help="what --out holds of a run with other options is deleted")
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from neon import __version__
 from neon.cli.options import (
-    Replace,
     add_evaluation,
     add_family,
     add_fields,
@@ -39,8 +38,8 @@ def _choices(argv: Sequence[str]):
         return get_family(name) if name else None, lambda command: {}
     family, preset = find_preset(preset, name)
     options = {word.partition("=")[0] for word in argv}
-    if f"--{preset.searched}" in options:
-        preset = dataclasses.replace(preset, grid="")  # the user's one value
+    if {"--grid", f"--{preset.searched}"} & options:
+        preset = dataclasses.replace(preset, grid="")  # the user's grid or one value in its place
     merging = "--selftrained" in options
     return family, lambda command: choices_of(preset, family.name, command, merging)
 
@@ -107,7 +106,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     )
     p.add_argument("-w", default="0:3:0.25", help="grid: 0:3:0.25 or --w=-1,0,0.5 (default %(default)s)")
     p.add_argument("--w", dest="w", help=argparse.SUPPRESS)
-    p.add_argument("--grid", action=Replace, default=[], metavar="OPTION=GRID", help="also over a sampling option")
+    p.add_argument("--grid", action="append", default=[], metavar="OPTION=GRID", help="also over a sampling option")
     p.add_argument("--stop", type=float, help="end a row when FID exceeds its best by this much (default: never)")
     p.add_argument("--out", required=True, help="JSON-lines file; what it holds already is not measured again")
     add_replace(p)
