@@ -22,7 +22,7 @@ NETWORKS = {
     },
 }
 
-# As the public checkpoints were trained, but for the ramp, which a fine-tune of this length would hardly leave.
+# As the public checkpoints were trained, except the ramp, which a fine-tune of this length would hardly leave.
 CIFAR10 = {
     "batch": 128,
     "lr": 2e-4,

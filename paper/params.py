@@ -1,6 +1,6 @@
 """Write what follows from the presets into params.yaml, of the root and of paper/ablations: `python -m paper.params`.
 
-What stands above the marker is written by hand and stays.
+The part above the marker is written by hand and stays.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ def presets() -> dict[str, tuple[str, Preset]]:
 
 
 def model_of(name: str, row: Preset) -> str:
-    """The entry of `models` whose S and θ_s a row stands on."""
+    """The entry of `models` whose S and θ_s a row uses."""
     return row.trained_as or name
 
 
@@ -137,7 +137,7 @@ def section(comment: str, name: str, items: Mapping[str, Mapping], anchors: bool
 
 
 def of_paper(head: str) -> str:
-    """The sections files, models, points and released. head: what stands above them."""
+    """The sections files, models, points and released. head: the text above them."""
     rows, references = presets(), yaml.safe_load(head)["references"]
     fetched = "".join(f"  {name}: {path}\n" for name, path in files(rows, references).items())
     return (
@@ -154,7 +154,7 @@ def of_ablations(head: str) -> str:
 
 
 def filled(text: str, generated: Callable[[str], str] = of_paper) -> str:
-    """The text of a params.yaml with its generated part written anew. Raises NeonError if the marker is not in it."""
+    """The text of a params.yaml with its generated part written again. Raises NeonError if the marker is not in it."""
     head, marker, _ = text.partition(MARKER)
     if not marker:
         raise NeonError(f"params.yaml has lost the line that its generated part starts with: {MARKER}")

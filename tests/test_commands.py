@@ -1,4 +1,4 @@
-"""What users see when they err: one line that says what to mend, and nothing half done left behind."""
+"""What users see after an error of theirs: one line that says what to fix, and no half-written file."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def reference(mini, out, *more):
 
 @pytest.fixture
 def out(tmp_path):
-    """Where a command is told to write; a test may check that nothing is there, nor beside it."""
+    """Where a command writes to; a test may check that nothing is there, nor next to it."""
     return tmp_path / "out"
 
 
@@ -455,7 +455,7 @@ def test_two_processes_that_fail(mini, tmp_path):
 
 
 def test_interrupt(mini, tmp_path):
-    """Ctrl-C ends a run at once, quietly, with the status that shells expect; typed again, the run goes on."""
+    """Ctrl-C ends a run at once, quietly, with the status that shells expect; typed again, the run resumes."""
     out = tmp_path / "run"
     command = selftrain(mini, out, "--budget", 640_000, "--snapshot", 64, "--save_every", 64)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

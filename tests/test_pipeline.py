@@ -32,7 +32,7 @@ from neon.sampling import parse_seeds
 from neon.search import parse_grid
 
 sys.path += [str(ROOT), *(str(ROOT / "tests" / family) for family in ("edm", "flow", "var", "xar", "imm"))]
-from paper.params import FILES, MARKER, filled
+from paper.params import FILES, MARKER, filled, models
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 MODELS, POINTS, RELEASED = PARAMS["models"], PARAMS["points"], PARAMS["released"]
@@ -172,6 +172,8 @@ def test_presets_name_what_exists(name):
     recipe = family.recipes[preset.recipe]
     assert recipe.budget > 1_000_000 and recipe.batch % 8 == 0 and preset.synthetic > 1000
     assert preset.precision in ("", "float32", "float16", "bfloat16")
+    ((model, item),) = models({name: (family.name, preset)}).items()
+    assert MODELS[model] == item  # rows that share S and θ_s say the same of them
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -306,7 +308,7 @@ def test_the_tables_in_docs_are_the_presets(name):
 
 
 def test_tables_of_a_part_of_the_results(tmp_path):
-    """What was measured stands beside the paper's number, everything else is 'not measured'."""
+    """What was measured is next to the paper's number, everything else is 'not measured'."""
     from report.table_a1 import main
 
     row = {"family": "edm", "w": 0.0, "fid": 1.5, "fid_se": 0.01, "n": 50_000, "seconds": 1.0, "budget": 0}
@@ -386,7 +388,7 @@ def digits(mini, tmp_path):
     model |= {"batch_size": 50, "synthetic": "0-63", "sampling": {"num_steps": 4}, "recipe": "digits", "compute": {}}
     model |= {"train": {"budget": 256, "snapshot": 128, "lr": 1e-3}}
     models = {name: copy.deepcopy(model) for name in ("one", "two")}
-    told = {
+    reported = {
         "base": 1.0,
         "neon": 1.0,
         "w": None,
@@ -395,7 +397,7 @@ def digits(mini, tmp_path):
         "kind": "cond",
         "rows": ["EDM-VP"],
     }
-    points = {k: {**copy.deepcopy(m), "model": k, "search": {"w": "0,1"}, "paper": told} for k, m in models.items()}
+    points = {k: {**copy.deepcopy(m), "model": k, "search": {"w": "0,1"}, "paper": reported} for k, m in models.items()}
     params = PARAMS | {"models": models, "points": points, "launch": "python", "device": "cpu"}
     params |= {"released": {"one": {**models["one"], "checkpoint": "checkpoints/neon.safetensors"}}}
     params |= {"files": {"base": "checkpoints/base.safetensors", "neon": "checkpoints/neon.safetensors"}}

@@ -107,7 +107,7 @@ def add_training(p: argparse.ArgumentParser, family) -> None:
     )
     p.add_argument("--data", required=True, help="image set: folder or .zip with dataset.json")
     p.add_argument("--max_images", type=count, help="train on the first so many of them (default: all)")
-    p.add_argument("--out", required=True, help="folder for snapshots and state; an interrupted run goes on")
+    p.add_argument("--out", required=True, help="folder for snapshots and state; an interrupted run resumes")
     p.add_argument("--seed", type=natural, default=0)
     add_replace(p)
     p.add_argument("--micro_batch", type=count, help="images per forward pass and process")

@@ -85,7 +85,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
 
     p = command("generate", "run_generate", "write the synthetic set S: one PNG per seed and dataset.json")
     p.add_argument("--model", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
-    p.add_argument("--out", required=True, help="folder; an interrupted run goes on")
+    p.add_argument("--out", required=True, help="folder; an interrupted run resumes")
     add_replace(p)
     add_sampling(p, family)
     add_preset(p, chosen("generate"))
