@@ -18,15 +18,16 @@ from neon.sampling import Streams, from_uint8, to_uint8
 from neon.weights.checkpoint import load_into, load_weights, open_weights, values_sha256
 from VAR import transformer
 from VAR.augment import draw_corners, enlarged_crops
-from VAR.configs import CONFIGS, RECIPES, Config
+from VAR.configs import CONFIGS, PRESETS, RECIPES, Config
 from VAR.loss import code_loss
 from VAR.sampler import sample_codes
 from VAR.transformer import Transformer
 from VAR.vqvae import VQVAE
 
 name = "var"
-networks, recipes = CONFIGS, RECIPES
+networks, recipes, presets = CONFIGS, RECIPES, PRESETS
 released_precision, released_tf32 = "float16", False
+PAPER = PRESETS["var_d16"].sampling
 RELEASED_VQVAE = "vae_ch160v4096z32.pth"
 
 
@@ -34,9 +35,9 @@ RELEASED_VQVAE = "vae_ch160v4096z32.pth"
 class Sampling:
     """Options of the sampler; the defaults are those of the paper's evaluation of d16."""
 
-    cfg: float = option(2.9, "guidance scale at the last scale; it grows from 0 at the first, and 0 is none")
-    top_k: int = option(900, "draw from the k most likely codes; 0: from all")
-    top_p: float = option(0.95, "draw from the most likely codes of this total probability; 0: from all")
+    cfg: float = option(PAPER["cfg"], "guidance scale at the last scale; it grows from 0 at the first, and 0 is none")
+    top_k: int = option(PAPER["top_k"], "draw from the k most likely codes; 0: from all")
+    top_p: float = option(PAPER["top_p"], "draw from the most likely codes of this total probability; 0: from all")
     temperature: float = option(1.0, "logits are divided by it")
     more_smooth: bool = option(False, "average codes instead of drawing one: nicer images, worse FID")
 

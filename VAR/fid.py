@@ -9,16 +9,17 @@ from neon.cli.options import count
 from VAR import family
 
 
-def run(network: str, cfg: float) -> None:
-    """The command line of one model: the name of its configuration and the default guidance."""
-    config = family.networks[network]
+def run(name: str) -> None:
+    """The command line of the model whose preset has that name, which holds the defaults."""
+    preset = family.presets[name]
+    config = family.networks[preset.network]
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--var_ckpt", required=True, help=".pth, as released or nested, or .safetensors")
-    add_images(p)
+    add_images(p, preset.batch_size)
     p.add_argument("--img_size", type=count, default=config.image_side, help="checked against the model")
     p.add_argument("--depth", type=count, default=config.depth, help="blocks (default %(default)s)")
     add_output(p, family)
-    p.set_defaults(cfg=cfg)
+    p.set_defaults(**preset.sampling)
     args = p.parse_args()
 
     def describe(model: family.VAR) -> str:

@@ -1,13 +1,34 @@
-"""FID and IS of an EDM checkpoint, sampled and measured in memory. Alone or under torchrun, on GPUs or CPUs."""
+"""FID and IS of an EDM checkpoint, sampled and measured in memory. Alone or under torchrun, on GPUs or CPUs.
+
+The number of steps is the paper's for such a network, unless given.
+"""
 
 import argparse
+import contextlib
+import json
+from collections.abc import Mapping
 
 from edm import family
 from neon import NeonError
 from neon.cli import command_line
 from neon.cli.calculate_fid import add_output, calculate_fid
-from neon.cli.options import count
+from neon.cli.options import count, peek
 from neon.sampling import parse_seeds
+from neon.weights.checkpoint import open_weights
+
+
+def papers_sampling(checkpoint: str | None) -> Mapping[str, object]:
+    """The paper's sampling options for the network that a checkpoint records; {} for another network or none."""
+    recorded = {}
+    if checkpoint:
+        with open_weights(checkpoint) as weights, contextlib.suppress(ValueError):
+            recorded = json.loads(weights.metadata.get("init_kwargs", "{}"))
+    asked = [recorded.get(name) for name in ("img_resolution", "label_dim")]
+    for row in family.presets.values():
+        network = family.networks[row.network]
+        if asked == [network["img_resolution"], network["label_dim"]]:
+            return row.sampling
+    return {}
 
 
 def main() -> None:
@@ -18,6 +39,7 @@ def main() -> None:
     p.add_argument("--max_batch_size", type=count, default=64, help="images per forward pass and process")
     p.add_argument("--class", dest="class_idx", type=int, help="sample this class only (default: drawn per seed)")
     add_output(p, family)
+    p.set_defaults(**papers_sampling(peek("--network_pkl")))
     args = p.parse_args()
     seeds = parse_seeds(args.seeds)
 

@@ -1,6 +1,6 @@
-"""Named networks and recipes: paper size, and mini size for 8×8 grey digits."""
+"""Named networks, recipes and presets: paper size, and mini size for 8×8 grey digits."""
 
-from neon.family import Recipe
+from neon.family import Preset, Recipe
 
 # Constructor arguments of EDMPrecond.
 DDPMPP = {
@@ -94,3 +94,29 @@ RECIPES = {
         ema_decay=0.99,
     ),
 }
+
+# fmt: off
+PRESETS = {  # fid: the paper's, of the base and of Neon
+    "edm_cifar10_cond": Preset(
+        network="cifar10_cond", base="checkpoints/edm-cifar10-32x32-cond-vp.pkl",
+        released="checkpoints/Neon_EDM_conditional_CIFAR10.pkl", reference="cifar10",
+        synthetic=6_000, made_with={"num_steps": 18}, recipe="cifar10_cond", micro_batch=64,
+        sampling={"num_steps": 18}, batch_size=256, w="0:2:0.25",
+        fid=(1.78, 1.38), rows=("EDM-VP", "EDM + Neon"),
+    ),
+    "edm_cifar10_uncond": Preset(
+        network="cifar10_uncond", base="checkpoints/edm-cifar10-32x32-uncond-vp.pkl",
+        released="checkpoints/Neon_EDM_unconditional_CIFAR10.pkl", reference="cifar10",
+        synthetic=6_000, made_with={"num_steps": 18}, recipe="cifar10_uncond", micro_batch=64,
+        sampling={"num_steps": 18}, batch_size=256, w="0:2:0.25",
+        fid=(1.97, 1.38), rows=("EDM-VP", "EDM + Neon"), kind="uncond",
+    ),
+    "edm_ffhq64": Preset(
+        network="ffhq64", base="checkpoints/edm-ffhq-64x64-uncond-vp.pkl",
+        released="checkpoints/Neon_EDM_FFHQ.pkl", reference="ffhq64",
+        synthetic=18_000, made_with={"num_steps": 40}, recipe="ffhq64", micro_batch=32,
+        sampling={"num_steps": 40}, batch_size=256, w="0:3:0.25",
+        fid=(2.39, 1.12), rows=("EDM-VP", "EDM + Neon"), kind="uncond",
+    ),
+}
+# fmt: on

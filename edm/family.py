@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from edm.configs import NETWORKS, RECIPES
+from edm.configs import NETWORKS, PRESETS, RECIPES
 from edm.loss import Draws, edm_loss
 from edm.loss import draw as draw_numbers
 from edm.network import EDMPrecond
@@ -21,15 +21,16 @@ from neon.sampling import from_uint8
 from neon.weights import network as recorded
 
 name = "edm"
-networks, recipes = NETWORKS, RECIPES
+networks, recipes, presets = NETWORKS, RECIPES, PRESETS
 released_precision, released_tf32 = "float32", False
+PAPER = PRESETS["edm_cifar10_cond"].sampling
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of the sampler (Karras et al. 2022, Algorithm 2); the defaults are the paper's for CIFAR-10."""
 
-    num_steps: int = option(18, "noise levels from sigma_max to sigma_min")
+    num_steps: int = option(PAPER["num_steps"], "noise levels from sigma_max to sigma_min")
     sigma_min: float = option(0.002, "lowest noise level")
     sigma_max: float = option(80.0, "highest noise level, where sampling starts")
     rho: float = option(7.0, "larger: more of the levels are low")

@@ -1,4 +1,4 @@
-"""Make the synthetic set S with an EDM model: `neon generate --family edm`."""
+"""Make the synthetic set S with an EDM model: `neon generate --family edm`; the paper's: --preset edm_ffhq64, …."""
 
 from neon.cli import family_script
 

@@ -1,4 +1,4 @@
-"""Fine-tune an EDM model on its own samples: `neon selftrain --family edm`."""
+"""Fine-tune an EDM model on its own samples: `neon selftrain --family edm`; the paper's: --preset edm_ffhq64, …."""
 
 from neon.cli import family_script
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from flow.configs import NETWORKS, RECIPES
+from flow.configs import NETWORKS, PRESETS, RECIPES
 from flow.loss import Draws, flow_loss, mirror, nearest_pairs
 from flow.network import UNet
 from flow.sampler import flow_sampler
@@ -17,15 +17,16 @@ from neon.sampling import from_uint8, start, to_uint8
 from neon.weights import network as recorded
 
 name = "flow"
-networks, recipes = NETWORKS, RECIPES
+networks, recipes, presets = NETWORKS, RECIPES, PRESETS
 released_precision, released_tf32 = "float32", False
+PAPER = PRESETS["flow_cifar10"].sampling
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of the solver; the defaults are those of the public checkpoints' evaluation."""
 
-    solver: Literal["dopri5", "heun", "euler"] = option("dopri5", "of the ODE from noise to image")
+    solver: Literal["dopri5", "heun", "euler"] = option(PAPER["solver"], "of the ODE from noise to image")
     num_steps: int = option(100, "steps of heun and euler; dopri5 chooses its own")
     tol: float = option(1e-5, "relative and absolute tolerance of dopri5")
 

@@ -1,6 +1,6 @@
-"""Fine-tune a flow matching model on its own samples: `neon selftrain --family flow`."""
+"""Fine-tune flow matching on its own samples: `neon selftrain --preset flow_cifar10`."""
 
 from neon.cli import family_script
 
 if __name__ == "__main__":
-    family_script("selftrain", "flow")
+    family_script("selftrain", "flow", "--preset", "flow_cifar10")

@@ -1,6 +1,6 @@
-"""Named networks and recipes: paper size, and mini size for 8×8 grey digits, whose pixels need no VAE."""
+"""Named networks, recipes and presets: paper size, and mini size for 8×8 grey digits, whose pixels need no VAE."""
 
-from neon.family import Recipe
+from neon.family import Preset, Recipe
 
 # Constructor arguments of IMMPrecond.
 NETWORKS = {
@@ -52,3 +52,23 @@ RECIPES = {
     "digits_base": Recipe(**DIGITS, lr=2e-3, budget=96_000, snapshot=96_000, ramp=6_400, anneal="linear"),
     "digits": Recipe(**DIGITS, lr=1e-4, budget=12_800, snapshot=3_200),
 }
+
+# fmt: off
+IMAGENET256 = {  # S and θ_s are one for all numbers of steps
+    "trained_as": "imm", "network": "imagenet256", "base": "checkpoints/imagenet256_ts_a2.pkl",
+    "vae": "checkpoints/sd-vae-ft-ema", "reference": "imagenet256",
+    "synthetic": 30_000, "made_with": {"num_steps": 8, "cfg_scale": 1.5}, "recipe": "imagenet256", "micro_batch": 16,
+    "batch_size": 64, "w": "0:5.2:0.4", "grid": "cfg_scale=1.3:2.6:0.1",
+}
+PRESETS = {  # fid: the paper's, of the base and of Neon
+    "imm_t8": Preset(
+        **IMAGENET256, sampling={"num_steps": 8, "cfg_scale": 1.8}, released="checkpoints/Neon_imm_imagenet256.pkl",
+        fid=(1.99, 1.46), best_w=3.6, rows=("IMM (T=8)", "IMM (T=8) + Neon"),
+    ),
+    "imm_t4": Preset(**IMAGENET256, sampling={"num_steps": 4}, fid=(None, 1.69), rows=(None, "IMM (T=4) + Neon")),
+    "imm_t2": Preset(**IMAGENET256, sampling={"num_steps": 2}, fid=(None, 2.89), rows=(None, "IMM (T=2) + Neon")),
+    "imm_t1": Preset(
+        **IMAGENET256, sampling={"num_steps": 1}, fid=(7.77, 6.67), rows=("IMM (T=1)", "IMM (T=1) + Neon"),
+    ),
+}
+# fmt: on

@@ -10,7 +10,7 @@ from torch import nn
 
 from imm import loss as loss_numbers
 from imm.autoencoder import StableDiffusionVAE, find_vae
-from imm.configs import NETWORKS, RECIPES
+from imm.configs import NETWORKS, PRESETS, RECIPES
 from imm.latents import decode, encode, sample_posterior
 from imm.network import IMMPrecond
 from imm.sampler import sample as sample_net
@@ -22,17 +22,18 @@ from neon.weights import network as recorded
 from neon.weights.checkpoint import values_sha256
 
 name = "imm"
-networks, recipes = NETWORKS, RECIPES
+networks, recipes, presets = NETWORKS, RECIPES, PRESETS
 # The released code samples under float16 autocast, which its network turns off: only the VAE decodes in float16.
 released_precision, released_tf32 = "float32+float16", True
+PAPER = PRESETS["imm_t8"].sampling
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Options of the pushforward sampler; the defaults are those of the released model's evaluation."""
 
-    num_steps: int = option(8, "jumps from noise to data")
-    cfg_scale: float = option(1.8, "guidance scale; 1 is none")
+    num_steps: int = option(PAPER["num_steps"], "jumps from noise to data")
+    cfg_scale: float = option(PAPER["cfg_scale"], "guidance scale; 1 is none")
     schedule: Literal["uniform", "edm"] = option("uniform", "times of the jumps: uniform, or in EDM's noise levels")
 
 

@@ -1,6 +1,6 @@
-"""Make the synthetic set S with IMM: `neon generate --family imm`, in 8 steps with the paper's guidance for S."""
+"""Make the synthetic set S with IMM: `neon generate --preset imm_t8`."""
 
 from neon.cli import family_script
 
 if __name__ == "__main__":
-    family_script("generate", "imm", "--cfg_scale", "1.5")
+    family_script("generate", "imm", "--preset", "imm_t8")

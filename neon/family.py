@@ -63,6 +63,51 @@ class Recipe:
         return self.ema_decay if self.ema_halflife is None else 0.5 ** (self.batch / self.ema_halflife)
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A model of the paper: its files, how S and θ_s are made, how it is sampled and searched, and what came out.
+
+    Paths are those of downloads.csv, relative to the project's root.
+    """
+
+    network: str  # a name in the family's networks
+    base: str  # θ_r
+    reference: str  # data set that FID is measured against
+    synthetic: int  # |S|
+    made_with: Mapping[str, object]  # sampling options of S
+    recipe: str  # a name in the family's recipes
+    micro_batch: int  # images per forward pass and process in training
+    sampling: Mapping[str, object]  # sampling options of the evaluation, at the best guidance if the paper gives one
+    batch_size: int  # images per forward pass and process elsewhere
+    w: str  # grid of the search
+    fid: tuple[float | None, float]  # the paper's numbers: base, Neon; None is not given
+    rows: tuple[str | None, str]  # the models' names in Table A.1: base, Neon
+    kind: Literal["cond", "uncond"] = "cond"  # and the column there
+    grid: str = ""  # what is searched next to w: OPTION=GRID
+    stop: float = 0.03  # a row of the search ends when FID exceeds its best by this much
+    best_w: float | None = None  # the paper's, if it is given
+    released: str = ""  # the authors' θ_neon
+    readme: Mapping[str, object] = field(default_factory=dict)  # its sampling in the released README, where it differs
+    vae: str = ""  # file or folder of the autoencoder; models of pixels have none
+    precision: str = ""  # in which S is made; '' is the default of the command
+    trained_as: str = ""  # rows that share S and θ_s have this name in common
+
+    @property
+    def seeds(self) -> str:
+        """Of S."""
+        return f"0-{self.synthetic - 1}"
+
+    @property
+    def searched(self) -> str:
+        """The sampling option that is searched next to w; '' is none."""
+        return self.grid.partition("=")[0]
+
+    @property
+    def fixed(self) -> dict[str, object]:
+        """The sampling options that are the same over a whole search."""
+        return {name: value for name, value in self.sampling.items() if name != self.searched}
+
+
 class Family(Protocol):
     """All that `neon` asks of a family: a module such as edm.family.
 
@@ -73,6 +118,7 @@ class Family(Protocol):
     name: str
     networks: Mapping[str, object]  # named constructor options
     recipes: Mapping[str, Recipe]
+    presets: Mapping[str, Preset]  # the paper's models
     Sampling: type  # frozen dataclass, the options of the sampler; fields with help texts, also on the command line
     Loading: type  # frozen dataclass, options of load and create that name further files, also on the command line
     released_precision: str  # in which the released code evaluates on a GPU; see neon.precision
@@ -155,6 +201,16 @@ def get_family(name: str) -> Family:
     if name not in FAMILIES:
         raise NeonError(f"unknown family {name!r} (know {', '.join(FAMILIES)})")
     return importlib.import_module(FAMILIES[name])
+
+
+def find_preset(name: str, family: str | None = None) -> tuple[Family, Preset]:
+    """The preset of that name, and the family that has it: the given one, or any.
+
+    Raises NeonError that lists the names there are.
+    """
+    families = [get_family(one) for one in ([family] if family else FAMILIES)]
+    known = {key: (one, row) for one in families for key, row in one.presets.items()}
+    return named(known, name, "preset")
 
 
 def check_images(shape: tuple[int, ...], labels: torch.Tensor | None, wanted: tuple[int, ...], classes: int) -> None:

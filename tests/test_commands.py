@@ -1,4 +1,4 @@
-"""What users see when they err: one line that says what to mend, and nothing half done left behind."""
+"""What users see after an error of theirs: one line that says what to fix, and no half-written file."""
 
 import json
 import os
@@ -18,8 +18,10 @@ import torch
 from PIL import Image
 from processes import BIN, ROOT, error_of, files, neon, torchrun, words
 
+import edm.family
 from neon.cli import main
 from neon.data import encode_png
+from neon.family import Preset, find_preset
 from neon.weights.checkpoint import load_weights, open_weights, save_safetensors
 
 # ---------------------------------------------------------------- commands that would work
@@ -54,7 +56,7 @@ def reference(mini, out, *more):
 
 @pytest.fixture
 def out(tmp_path):
-    """Where a command is told to write; a test may check that nothing is there, nor beside it."""
+    """Where a command writes to; a test may check that nothing is there, nor next to it."""
     return tmp_path / "out"
 
 
@@ -224,6 +226,14 @@ def test_references_that_do_not_fit(mini, out, tmp_path_factory):
 
 WRONG = {
     "family": (lambda m, out: evaluate(m, "--family", "gan"), "unknown family 'gan' (know edm"),
+    "preset": (
+        lambda m, out: generate(m, out, "--preset", "xar_xl"),
+        "unknown preset 'xar_xl' (know edm_cifar10_cond, ",
+    ),
+    "preset of another family": (
+        lambda m, out: evaluate(m, "--preset", "xar_l"),
+        "unknown preset 'xar_l' (know edm_cifar10_cond, edm_cifar10_uncond, edm_ffhq64)",
+    ),
     "network": (
         lambda m, out: ["train", "--network", "huge", *selftrain(m, out)[1:3], *selftrain(m, out)[5:]],
         "unknown EDM network 'huge' (know ",
@@ -313,6 +323,117 @@ def test_a_search_ends_at_the_first_broken_snapshot(mini, broken, out):
     assert row["w"] == 0 and not list(out.parent.glob(".*"))
 
 
+# ---------------------------------------------------------------- presets
+
+
+@pytest.fixture
+def preset(mini, monkeypatch):
+    """A row that needs no download."""
+    base = str(mini.base)
+    kappa = {"num_steps": 4, "rho": 5.0}
+    row = Preset(
+        **{"network": "digits", "base": base, "released": str(mini.snapshots[0]), "reference": "digits"},
+        **{"synthetic": 4, "made_with": {"num_steps": 3}, "recipe": "digits", "micro_batch": 16},
+        **{"sampling": kappa, "batch_size": 8, "w": "0,1", "grid": "rho=5,7", "fid": (2.0, 1.0), "rows": ("a", "b")},
+    )
+    monkeypatch.setitem(edm.family.presets, "small", row)
+    return "--preset", "small"
+
+
+def test_a_preset_stands_for_its_options(mini, preset, tmp_path):
+    """Every command writes what it writes when each option is typed, and says in one line what was chosen."""
+    edm_is, measure = ("--family", "edm"), ("--ref", mini.ref, *mini.features, "--metrics", "fid")
+    brief, at = ("--data", mini.data, "--budget", 64, "--snapshot", 64), ("--seeds", "0-15", *measure)
+    short, long = tmp_path / "short", tmp_path / "long"
+    model, base = ("--model", mini.base), ("--base", mini.base)
+    recipe = ("--recipe", "digits", "--micro_batch", 16)
+    grid = ("--selftrained", mini.snapshots[0], *at)
+    fixed = ("--num_steps", 4, "--batch_size", 8)
+    said = neon("generate", *preset, "--out", short / "S")
+    neon("generate", *edm_is, *model, "--num_steps", 3, "--seeds", "0-3", "--batch_size", 8, "--out", long / "S")
+    options = f"--family edm --model {mini.base} --num_steps 3 --seeds 0-3 --batch_size 8"
+    assert said == f"preset small: {options}\n"
+    neon("selftrain", *preset, *brief, "--out", short / "run")
+    neon("selftrain", *edm_is, *base, *recipe, *brief, "--out", long / "run")
+    released = ("--model", mini.snapshots[0], *fixed, "--rho", 5)
+    neon("evaluate", *preset, *at, "--out", short / "released.json")
+    neon("evaluate", *edm_is, *released, *at, "--out", long / "released.json")
+    neon("evaluate", *preset, *grid, "-w", 1, "--out", short / "merged.json")
+    neon("evaluate", *edm_is, *base, *fixed, "--rho", 5, *grid, "-w", 1, "--out", long / "merged.json")
+    neon("search", *preset, *grid, "--out", short / "search.jsonl")
+    searched = ("--w", "0,1", "--grid", "rho=5,7", "--stop", 0.03)
+    neon("search", *edm_is, *base, *fixed, *grid, *searched, "--out", long / "search.jsonl")
+    neon("final", *preset, *at, "--search", short / "search.jsonl", "--out", short / "final.jsonl")
+    neon("final", *edm_is, *base, *fixed, *at, "--search", short / "search.jsonl", "--out", long / "final.jsonl")
+
+    def content(folder):
+        texts = {name: text for name, text in files(folder).items() if not name.endswith("state.safetensors")}
+        return {name: re.sub(rb'"seconds": [\d.]+', b"", text) for name, text in texts.items()}
+
+    assert content(short) == content(long)
+    assert {"S/dataset.json", "released.json", "merged.json", "search.jsonl", "final.jsonl"} <= content(short).keys()
+    assert {json.loads(line)["rho"] for line in (short / "search.jsonl").read_text().splitlines()} == {5.0, 7.0}
+
+
+def test_what_is_given_overrides_a_preset(mini, preset, tmp_path):
+    said = neon(
+        "generate", *preset, "--num_steps", 2, "--seeds=7-8", "--model", mini.snapshots[0], "--out", tmp_path / "S"
+    )
+    assert said == "preset small: --family edm --batch_size 8\n"
+    record = json.loads((tmp_path / "S" / "generate.json").read_text())
+    assert (record["num_steps"], record["seeds"]) == (2, "7-8")
+    measure = (
+        "--ref",
+        mini.ref,
+        *mini.features,
+        "--metrics",
+        "fid",
+        "--seeds",
+        "0-7",
+        "--selftrained",
+        mini.snapshots[0],
+    )
+
+    def rows(name, *options):
+        said = neon("search", *preset, "--selftrained", mini.snapshots[0], *measure, *options, "--out", tmp_path / name)
+        assert "--grid" not in said
+        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    assert {(row["rho"], row["w"]) for row in rows("value", "--rho", 6.5)} == {(6.5, 0.0), (6.5, 1.0)}
+    one = rows("one", "--grid", "num_steps=2,3", "--w=0")  # no grid over rho, which is as in the evaluation
+    assert {(row["num_steps"], row["rho"]) for row in one} == {(2, 5.0), (3, 5.0)}
+    two = rows("two", "--grid", "num_steps=2,3", "--grid", "rho=6,8", "--w=0")
+    assert {(row["num_steps"], row["rho"]) for row in two} == {(2, 6.0), (2, 8.0), (3, 6.0), (3, 8.0)}
+
+
+def test_the_scripts_of_a_model_have_its_preset(monkeypatch):
+    """`generate_dataset.py --out S`, `selftrain.py --data S --out RUN`, and nothing more."""
+    asked = []
+    monkeypatch.setattr("neon.cli.commands.run_generate", asked.append)
+    monkeypatch.setattr("neon.cli.commands.run_train", asked.append)
+    for folder, name in {
+        "VAR/VAR_imagenet_256": "var_d16",
+        "VAR/VAR_imagenet_512": "var_d36",
+        "imm": "imm_t8",
+        "flow": "flow_cifar10",
+    }.items():
+        for script in (("generate_dataset.py",), ("selftrain.py", "--data", "S")):
+            monkeypatch.setattr(sys, "argv", [*script, "--out", "out"])
+            runpy.run_path(str(ROOT / folder / script[0]), run_name="__main__")
+        made, trained = asked[-2:]
+        preset = find_preset(name)[1]
+        assert preset.made_with.items() <= vars(made).items() and made.seeds == preset.seeds
+        assert (trained.recipe, trained.micro_batch) == (preset.recipe, preset.micro_batch)
+        assert str(made.model) == str(trained.base) == preset.base
+
+
+def test_a_family_is_loaded_only_for_a_command_that_names_one():
+    code = "import sys; from neon.cli import main; sys.argv[1:] = ['search', '--help']\n"
+    code += "try: main()\nfinally: print([m for m in sys.modules if m.startswith(('edm', 'VAR', 'imm'))])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n") and "--preset" in done.stdout
+
+
 # ---------------------------------------------------------------- as real processes
 
 
@@ -334,7 +455,7 @@ def test_two_processes_that_fail(mini, tmp_path):
 
 
 def test_interrupt(mini, tmp_path):
-    """Ctrl-C ends a run at once, quietly, with the status that shells expect; typed again, the run goes on."""
+    """Ctrl-C ends a run at once, quietly, with the status that shells expect; typed again, the run resumes."""
     out = tmp_path / "run"
     command = selftrain(mini, out, "--budget", 640_000, "--snapshot", 64, "--save_every", 64)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -1,6 +1,6 @@
 """FID and IS of an xAR checkpoint, sampled and measured in memory. Alone or under torchrun, on GPUs or CPUs.
 
-Unless told otherwise, guidance and steps are those behind the paper's number for the model.
+Guidance and steps are those behind the paper's number for the model, unless given.
 """
 
 import argparse
@@ -8,21 +8,19 @@ import argparse
 from neon import NeonError
 from neon.cli import command_line
 from neon.cli.calculate_fid import add_images, add_output, calculate_fid, image_seeds
-from neon.cli.options import count
+from neon.cli.options import count, peek
 from xAR import family
-from xAR.configs import EVALUATED
 
 
 def main() -> None:
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--model")
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--model", required=True, choices=list(family.networks))
     p.add_argument("--model_ckpt", required=True, help=".pth, flat or a trainer's, or .safetensors")
     add_images(p)
     p.add_argument("--img_size", type=count, default=256, help="checked against the model (default %(default)s)")
     add_output(p, family)
-    p.set_defaults(**EVALUATED.get(first.parse_known_args()[0].model, {}))
+    papers = {row.network: row.sampling for row in family.presets.values()}
+    p.set_defaults(**papers.get(peek("--model"), {}))
     args = p.parse_args()
 
     def describe(model: family.Model) -> str:

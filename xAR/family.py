@@ -15,14 +15,15 @@ from neon.precision import autocast, decoder, network
 from neon.sampling import Streams, from_uint8, to_uint8
 from neon.weights.checkpoint import Weights, load_into, load_weights, open_weights, values_sha256
 from xAR import loss as loss_numbers
-from xAR.configs import NETWORKS, RECIPES
+from xAR.configs import NETWORKS, PRESETS, RECIPES
 from xAR.network import XAR
 from xAR.sampler import sample as sample_latents
 from xAR.vae import AutoencoderKL, Patches
 
 name = "xar"
-networks, recipes = NETWORKS, RECIPES
+networks, recipes, presets = NETWORKS, RECIPES, PRESETS
 released_precision, released_tf32 = "float16", False
+PAPER = PRESETS["xar_l"].sampling
 DECODED = 16  # images that pass the VAE's decoder at once, which bounds its memory
 
 
@@ -30,8 +31,8 @@ DECODED = 16  # images that pass the VAE's decoder at once, which bounds its mem
 class Sampling:
     """Options of the sampler; the defaults are those of the paper's number for xAR-L."""
 
-    cfg: float = option(2.7, "guidance scale of the last cell; it rises from 1, which is none, at the first")
-    flow_steps: int = option(50, "network calls per cell")
+    cfg: float = option(PAPER["cfg"], "guidance scale of the last cell; it rises from 1, which is none, at the first")
+    flow_steps: int = option(PAPER["flow_steps"], "network calls per cell")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Make the synthetic set S with an xAR model: `neon generate --family xar`. Say how: --cfg and --flow_steps."""
+"""Make the synthetic set S with an xAR model: `neon generate --family xar`; the paper's: --preset xar_b or xar_l."""
 
 from neon.cli import family_script
 

@@ -1,4 +1,4 @@
-"""Fine-tune an xAR model on its own samples: `neon selftrain --family xar`."""
+"""Fine-tune an xAR model on its own samples: `neon selftrain --family xar`; the paper's: --preset xar_b or xar_l."""
 
 from neon.cli import family_script
 

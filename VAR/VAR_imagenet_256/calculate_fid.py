@@ -1,6 +1,6 @@
-"""FID and IS of VAR-d16 at 256×256. The guidance is the one behind the paper's number."""
+"""FID and IS of VAR-d16 at 256×256. Guidance and batch size are those of the preset var_d16."""
 
 from VAR.fid import run
 
 if __name__ == "__main__":
-    run("d16_256", cfg=2.9)
+    run("var_d16")

@@ -1,6 +1,6 @@
-"""Fine-tune VAR-d16 on its own samples: `neon selftrain --family var --recipe d16_256`."""
+"""Fine-tune VAR-d16 on its own samples: `neon selftrain --preset var_d16`."""
 
 from neon.cli import family_script
 
 if __name__ == "__main__":
-    family_script("selftrain", "var", "--recipe", "d16_256")
+    family_script("selftrain", "var", "--preset", "var_d16")

@@ -1,6 +1,6 @@
-"""FID and IS of VAR-d36 at 512×512. The guidance is the one behind the paper's number."""
+"""FID and IS of VAR-d36 at 512×512. Guidance and batch size are those of the preset var_d36."""
 
 from VAR.fid import run
 
 if __name__ == "__main__":
-    run("d36_512", cfg=3.2)
+    run("var_d36")

@@ -1,6 +1,6 @@
-"""Make the synthetic set S with VAR-d36: `neon generate --family var`, with the paper's guidance for S."""
+"""Make the synthetic set S with VAR-d36: `neon generate --preset var_d36`."""
 
 from neon.cli import family_script
 
 if __name__ == "__main__":
-    family_script("generate", "var", "--cfg", "2.0")
+    family_script("generate", "var", "--preset", "var_d36")

@@ -17,7 +17,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
 
         args = parse(argv, prog)
         from neon.cli import commands  # only now that the options are right: it loads torch
+        from neon.cli.options import preset_line
+        from neon.distributed import rank
 
+        if getattr(args, "chosen", None) and not rank():
+            print(preset_line(args), flush=True)
         getattr(commands, args.run)(args)
 
     command_line(run)

@@ -3,10 +3,18 @@
 import argparse
 import dataclasses
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from neon.family import FAMILIES
+from neon.family import FAMILIES, Preset
 from neon.precision import DTYPES
+
+
+def peek(option: str, argv: Sequence[str] | None = None) -> str | None:
+    """The value of an option on the command line, for a parser that depends on it; None if it is not given."""
+    p = argparse.ArgumentParser(add_help=False)
+    p.add_argument(option, dest="value")
+    return p.parse_known_args(argv)[0].value
 
 
 def add_family(p: argparse.ArgumentParser, family) -> None:
@@ -15,6 +23,42 @@ def add_family(p: argparse.ArgumentParser, family) -> None:
     p.add_argument("--family", required=True, help=names)
     if not family:
         p.epilog = f"families: {names}. `%(prog)s --family NAME --help` also shows the options of that family."
+
+
+def add_preset(p: argparse.ArgumentParser, chosen: Mapping[str, str | list[str]]) -> None:
+    """The option that names a model of the paper. chosen: what it chooses, defaults for options that p has already."""
+    p.add_argument("--preset", help="model of the paper, such as xar_l: it chooses the options that are not given")
+    p.set_defaults(**chosen, chosen=chosen)
+    for action in p._actions:
+        action.required = action.required and action.dest not in chosen
+
+
+def choices_of(preset: Preset, family: str, command: str, merging: bool = False) -> dict[str, str | list[str]]:
+    """What a preset chooses for a command: option → its words.
+
+    merging: the command is given a θ_s, so that the model to evaluate is the base, not the released one.
+    """
+    model = {"base": preset.base}
+    if command == "evaluate" and not merging:
+        model = {"base": preset.released or preset.base}
+    searched = {"w": preset.w, "grid": [preset.grid] if preset.grid else [], "stop": preset.stop}
+    batch = {"batch_size": preset.batch_size}
+    precision = {"precision": preset.precision} if preset.precision else {}
+    chosen = {
+        "generate": {"model": preset.base, **preset.made_with, **precision, "seeds": preset.seeds, **batch},
+        "selftrain": {**model, "recipe": preset.recipe, "micro_batch": preset.micro_batch},
+        "evaluate": {**model, **preset.sampling, **batch},
+        "search": {**model, **preset.fixed, **searched, **batch},
+        "final": {**model, **preset.fixed, **batch},
+    }[command]
+    return {"family": family} | {k: v if isinstance(v, list) else str(v) for k, v in chosen.items()}
+
+
+def preset_line(args) -> str:
+    """One line: the options that the preset chose, without those that the user gave another value."""
+    kept = {name: words for name, words in args.chosen.items() if str(getattr(args, name)) == str(words)}
+    texts = {name: " ".join(words) if isinstance(words, list) else words for name, words in kept.items()}
+    return f"preset {args.preset}: " + " ".join(f"--{name} {text}" for name, text in texts.items() if text)
 
 
 def add_replace(p: argparse.ArgumentParser) -> None:

@@ -1,36 +1,49 @@
 """What may be typed: the commands of `neon` and their options."""
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 from neon import __version__
 from neon.cli.options import (
     add_evaluation,
     add_family,
     add_fields,
+    add_preset,
     add_replace,
     add_sampling,
     add_training,
     checkpoint,
+    choices_of,
     count,
+    peek,
 )
-from neon.family import get_family
+from neon.family import find_preset, get_family
 
 
 def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
-    """The parsed command line; `run` names the function of neon.cli.commands."""
-    return _parser(prog, _peek_family(argv)).parse_args(argv)
+    """The parsed command line; `run` names the function of neon.cli.commands, `chosen` holds what a preset chose.
+
+    Raises NeonError for an unknown family or preset.
+    """
+    return _parser(prog, *_choices(argv)).parse_args(argv)
 
 
-def _peek_family(argv: Sequence[str]):
-    """The family named on the command line, whose options join the parser's; None, and no torch, if there is none."""
-    peek = argparse.ArgumentParser(add_help=False)
-    peek.add_argument("--family")
-    name = peek.parse_known_args(argv)[0].family
-    return get_family(name) if name else None
+def _choices(argv: Sequence[str]):
+    """The family on the command line, whose options join the parser's, or None; and what the preset there, if there is
+    one, chooses for a command."""
+    name, preset = (peek(option, argv) for option in ("--family", "--preset"))
+    if not preset:
+        return get_family(name) if name else None, lambda command: {}
+    family, preset = find_preset(preset, name)
+    options = {word.partition("=")[0] for word in argv}
+    if {"--grid", f"--{preset.searched}"} & options:
+        preset = dataclasses.replace(preset, grid="")  # the user's grid or one value in its place
+    merging = "--selftrained" in options
+    return family, lambda command: choices_of(preset, family.name, command, merging)
 
 
-def _parser(prog: str, family) -> argparse.ArgumentParser:
+def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Neon: negative extrapolation from self-training.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -71,12 +84,14 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     p = command("selftrain", "run_train", "fine-tune a base briefly on its own samples: θ_r → θ_s")
     p.add_argument("--base", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
     add_training(p, family)
+    add_preset(p, chosen("selftrain"))
 
     p = command("generate", "run_generate", "write the synthetic set S: one PNG per seed and dataset.json")
     p.add_argument("--model", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
     p.add_argument("--out", required=True, help="folder; an interrupted run resumes")
     add_replace(p)
     add_sampling(p, family)
+    add_preset(p, chosen("generate"))
 
     p = command("evaluate", "run_evaluate", "FID and other metrics of a model, or of a merge made in memory")
     p.add_argument("--model", "--base", dest="base", type=checkpoint, required=True, help="θ_r, or any model")
@@ -85,6 +100,7 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     p.add_argument("--out", help="JSON file for the row of results")
     add_sampling(p, family)
     add_evaluation(p)
+    add_preset(p, chosen("evaluate"))
 
     p = command("search", "run_search", "evaluate a grid of w, snapshots and sampling options")
     p.add_argument("--base", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
@@ -99,6 +115,7 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     add_replace(p)
     add_sampling(p, family)
     add_evaluation(p)
+    add_preset(p, chosen("search"))
 
     p = command("final", "run_final", "evaluate base, self-trained model and the best point of a search on fresh seeds")
     p.add_argument("--base", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
@@ -107,6 +124,7 @@ def _parser(prog: str, family) -> argparse.ArgumentParser:
     add_replace(p)
     add_sampling(p, family)
     add_evaluation(p)
+    add_preset(p, chosen("final"))
 
     p = command("grid", "run_grid", "contact sheets of the models that `neon final` compared, from the same seeds")
     add_family(p, family)

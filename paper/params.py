@@ -1,0 +1,175 @@
+"""Write what follows from the presets into params.yaml, of the root and of paper/ablations: `python -m paper.params`.
+
+The part above the marker is written by hand and stays.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import yaml
+
+from neon import NeonError
+from neon.cli import command_line
+from neon.family import FAMILIES, Preset, get_family
+from neon.fetch import read_table
+from neon.files import atomic
+
+ROOT = Path(__file__).parent.parent
+MARKER = "# Below: written by `python -m paper.params` from PRESETS of the families. Change numbers there.\n"
+MODELS = """\
+# θ_r → S → θ_s. `decoder`: what turns latents into pixels; for models of pixels, their own file. `batch_size`: images
+# per forward pass and process. `synthetic`: the seeds of S. `compute`, `train`: further options of `neon generate` and
+# of `neon selftrain`; batch, lr, budget, … in `train` would change the recipe.
+"""
+POINTS = """\
+# θ_r, θ_s → the best w (and guidance) → FID. `search`: options of `neon search`; a row of w ends when FID exceeds its
+# best by `stop`. `paper`: what the paper reports, and its lines in Table A.1.
+"""
+ABLATIONS = """\
+# The models that the ablations vary. `made_with`: the usual sampling of S; `sampling`, `search`: of evaluations.
+"""
+RELEASED = """\
+# The released checkpoints, with the options behind the paper's number; _readme: with those of the released README,
+# where they differ.
+"""
+
+
+def presets() -> dict[str, tuple[str, Preset]]:
+    """Name → its family's name and the preset."""
+    rows = ((family, name, row) for family in FAMILIES for name, row in get_family(family).presets.items())
+    return {name: (family, row) for family, name, row in rows}
+
+
+def model_of(name: str, row: Preset) -> str:
+    """The entry of `models` whose S and θ_s a row uses."""
+    return row.trained_as or name
+
+
+def models(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
+    return {
+        model_of(name, row): {
+            "family": family,
+            "base": row.base,
+            "decoder": row.vae or row.base,
+            "reference": row.reference,
+            "batch_size": row.batch_size,
+            "synthetic": row.seeds,
+            "sampling": dict(row.made_with),
+            "compute": {"precision": row.precision} if row.precision else {},
+            "recipe": row.recipe,
+            "train": {"micro_batch": row.micro_batch},
+        }
+        for name, (family, row) in rows.items()
+    }
+
+
+def points(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
+    """What differs from the model of each point; '<<' names that model."""
+    return {
+        name: {
+            "<<": model_of(name, row),
+            "model": model_of(name, row),
+            "sampling": row.fixed,
+            "search": {"w": row.w} | ({"grid": row.grid} if row.grid else {}) | {"stop": row.stop},
+            "paper": {
+                "base": row.fid[0],
+                "neon": row.fid[1],
+                "w": row.best_w,
+                "guidance": row.sampling.get(row.searched),
+                "table": row.reference,
+                "kind": row.kind,
+                "rows": list(row.rows),
+            },
+        }
+        for name, (_, row) in rows.items()
+    }
+
+
+def released(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
+    """The same for each released checkpoint."""
+    return {
+        name + suffix: {"<<": model_of(name, row), "checkpoint": row.released}
+        | ({} if row.vae else {"decoder": row.released})
+        | {"sampling": dict(sampling)}
+        for name, (_, row) in rows.items()
+        for suffix, sampling in (("", row.sampling), ("_readme", row.readme))
+        if row.released and sampling
+    }
+
+
+def files(rows: Mapping[str, tuple[str, Preset]], references: Mapping[str, Mapping]) -> dict[str, str]:
+    """Everything that stages fetch, by the name of its stage. A folder stands for what downloads.csv lists in it."""
+    known = [row["path"] for row in read_table(ROOT / "downloads.csv")]
+    named = {model_of(name, row): row.base for name, (_, row) in rows.items()}
+    for path, family in {row.vae: family for family, row in rows.values() if row.vae}.items():
+        for file in (file for file in known if file == path or file.startswith(f"{path}/")):
+            named[f"vae_{family}" + ("_config" if file.endswith("/config.json") else "")] = file
+    named |= {f"neon_{model_of(name, row)}": row.released for name, (_, row) in rows.items() if row.released}
+    return named | {f"stats_{name}": reference["statistics"] for name, reference in references.items()}
+
+
+def ablations(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
+    """What the ablations need of their models."""
+    needed = {"edm_uncond": "edm_cifar10_uncond", "edm_cond": "edm_cifar10_cond", "var": "var_d16"}
+    model, point = models(rows), points(rows)
+    return {
+        own: {
+            **{key: model[name][key] for key in ("base", "decoder", "batch_size", "synthetic", "compute")},
+            "made_with": model[name]["sampling"],
+            **{key: model[name][key] for key in ("recipe", "train")},
+            **{key: point[name][key] for key in ("sampling", "search")},
+        }
+        for own, name in needed.items()
+    }
+
+
+def inline(value) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).split("\n")[0]
+
+
+def section(comment: str, name: str, items: Mapping[str, Mapping], anchors: bool = False) -> str:
+    """A section of the file as YAML, one line per field."""
+    text = f"\n{comment}{name}:\n"
+    for key, fields in items.items():
+        text += f"  {key}:" + (f" &{key}\n" if anchors else "\n")
+        text += "".join(f"    {k}: {f'*{value}' if k == '<<' else inline(value)}\n" for k, value in fields.items())
+    return text
+
+
+def of_paper(head: str) -> str:
+    """The sections files, models, points and released. head: the text above them."""
+    rows, references = presets(), yaml.safe_load(head)["references"]
+    fetched = "".join(f"  {name}: {path}\n" for name, path in files(rows, references).items())
+    return (
+        f"\n# Fetched one by one as stages need them.\nfiles:\n{fetched}"
+        + section(MODELS, "models", models(rows), anchors=True)
+        + section(POINTS, "points", points(rows))
+        + section(RELEASED, "released", released(rows))
+    )
+
+
+def of_ablations(head: str) -> str:
+    """The section `like`."""
+    return section(ABLATIONS, "like", ablations(presets()))
+
+
+def filled(text: str, generated: Callable[[str], str] = of_paper) -> str:
+    """The text of a params.yaml with its generated part written again. Raises NeonError if the marker is not in it."""
+    head, marker, _ = text.partition(MARKER)
+    if not marker:
+        raise NeonError(f"params.yaml has lost the line that its generated part starts with: {MARKER}")
+    return head + marker + generated(head)
+
+
+FILES = {ROOT / "params.yaml": of_paper, ROOT / "paper" / "ablations" / "params.yaml": of_ablations}
+
+
+def main() -> None:
+    for path, generated in FILES.items():
+        text = filled(path.read_text(), generated)
+        with atomic(path) as partial:
+            partial.write_text(text)
+
+
+if __name__ == "__main__":
+    command_line(main)
