@@ -162,6 +162,11 @@ def released_fid(
     return float(line.split()[1])
 
 
+def default_of(option: str, help: str) -> str:
+    """The default that a command's help shows for an option."""
+    return re.search(rf"--{option} [A-Z_]+\s(?:(?!\n  --).)*?\(default\s+([^)]*)\)", help, flags=re.DOTALL)[1]
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below the folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

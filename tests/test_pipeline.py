@@ -24,7 +24,7 @@ from pickle_writer import EDM_CLASSES, write_persistent_pickle
 from processes import BIN, ROOT
 
 from neon import NeonError
-from neon.cli.options import kappa
+from neon.cli.options import sampling_options
 from neon.cli.parser import parse
 from neon.family import FAMILIES, get_family
 from neon.fetch import choose, read_table
@@ -245,7 +245,7 @@ def script(command: str, monkeypatch) -> SimpleNamespace:
     monkeypatch.setattr(sys, "argv", words[path:])
     runpy.run_path(str(ROOT / words[path]), run_name="__main__")
     ((args, family, checkpoint, *_),) = asked
-    return SimpleNamespace(args=args, checkpoint=checkpoint, sampling=kappa(args, family))
+    return SimpleNamespace(args=args, checkpoint=checkpoint, sampling=sampling_options(args, family))
 
 
 README = re.findall(r"^PYTHONPATH=\S+ torchrun .*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
