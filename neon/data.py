@@ -211,11 +211,11 @@ ORDERS = {"window": window_order, "epoch": epoch_order}
 
 
 def batches(
-    data: ImageSet, order: Iterator[int], batch: int, rank: int = 0, world: int = 1
+    data: ImageSet, order: Iterator[int], batch: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, Callable[[], torch.Tensor]]]:
-    """This rank's part of each step, batch / world images in a row: (uint8 images, labels), read one step ahead in a
+    """This rank's part of each step, batch / world_size images in a row: (uint8 images, labels), read one step ahead in a
     thread; and a function that reads the images of the whole step."""
-    share = batch // world
+    share = batch // world_size
 
     def read():
         step = list(itertools.islice(order, batch))

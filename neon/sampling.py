@@ -112,7 +112,7 @@ def parse_seeds(text: str) -> torch.Tensor:
     return torch.cat(ranges)
 
 
-def shard(n: int, rank: int, world: int, batch: int) -> list[slice]:
+def shard(n: int, rank: int, world_size: int, batch: int) -> list[slice]:
     """The batches of rank: contiguous slices of at most `batch` that cover its part of range(n)."""
-    start, stop = n * rank // world, n * (rank + 1) // world
+    start, stop = n * rank // world_size, n * (rank + 1) // world_size
     return [slice(i, min(i + batch, stop)) for i in range(start, stop, batch)]

@@ -290,7 +290,7 @@ def test_ranks_share_the_batches_of_one_process(numbered, order, world):
 
     alone = positions(numbered, order=order_of_all(), batch=6)
     assert [i for batch in alone for i in batch] == take(order_of_all(), 36)
-    ranks = [positions(numbered, order=order_of_all(), batch=6, rank=rank, world=world) for rank in range(world)]
+    ranks = [positions(numbered, order=order_of_all(), batch=6, rank=rank, world_size=world) for rank in range(world)]
     for step, batch in enumerate(alone):
         parts = [rank[step] for rank in ranks]
         assert {len(part) for part in parts} == {6 // world}
