@@ -38,7 +38,7 @@ section { border-top: 2px solid #ddd; margin-top: 3rem; }
 def page(notebooks: Sequence[str | Path], title: str) -> str:
     """The page: an index with the first figure of each notebook, then all of them, code folded away.
 
-    Raises NeonError if a file is no notebook.
+    Raises NeonError if a file is not a notebook.
     """
     index, sections = [], []
     for path in map(existing, notebooks):

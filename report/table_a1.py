@@ -1,6 +1,6 @@
-"""Table A.1 of the paper with what was measured here beside it, and the tables that the notebooks read.
+"""Table A.1 of the paper next to what was measured here, and the tables that the notebooks read.
 
-Takes what results there are: a model that was not measured is called so.
+Takes the results that there are; the others are 'not measured'.
 """
 
 import argparse
@@ -10,9 +10,19 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from neon.files import atomic
-from report.metrics import rows_of
-from report.tables import CURVES, best_by_budget, markdown, summarise, table_of
+from neon.cli import command_line
+from report.tables import (
+    CURVES,
+    ROLES,
+    as_csv,
+    best_by_budget,
+    final_table,
+    markdown,
+    rows_of,
+    summarise,
+    table_of,
+    write_all,
+)
 
 ROOT = Path(__file__).parent.parent
 TITLES = {
@@ -27,20 +37,21 @@ NOT_MEASURED = "not measured"
 def found(folder: Path, kind: str, names) -> dict[str, list[dict]]:
     """Name → the rows of its file; names without a file are left out."""
     paths = {name: next(folder.glob(f"rows/{kind}/{name}.json*"), None) for name in names}
-    return {name: rows_of(path) for name, path in paths.items() if path}
+    return {name: rows_of(path, final=kind == "final") for name, path in paths.items() if path}
 
 
 def table_a1(paper: pd.DataFrame, params: dict, final: dict, released: dict) -> pd.DataFrame:
-    """One line per number of the paper. fid_released: of the released checkpoint; fid_rerun: of the recipe run anew."""
+    """One line per number of the paper. fid_released: of the released checkpoint; fid_rerun: of the recipe rerun."""
     lines = paper.melt(["benchmark", "type", "model", "nfe"], ["fid_uncond", "fid_cond"], "kind", "fid_paper")
     lines = lines[lines["fid_paper"].notna()].assign(fid_released=None, fid_rerun=None)
     lines["kind"] = lines["kind"].str.removeprefix("fid_")
     order = {name: i for i, name in enumerate(zip(paper["benchmark"], paper["model"]))}
     for name, point in params["points"].items():
-        told = point["paper"]
+        place = point["paper"]
         measured = {row["role"]: row["fid"] for row in final.get(name, [])}
-        for model, role in zip(told["rows"], ("base", "neon")):
-            where = (lines["benchmark"] == told["table"]) & (lines["model"] == model) & (lines["kind"] == told["kind"])
+        there = (lines["benchmark"] == place["table"]) & (lines["kind"] == place["kind"])
+        for model, role in zip(place["rows"], ("base", "neon")):
+            where = there & (lines["model"] == model)
             if role in measured:
                 lines.loc[where, "fid_rerun"] = measured[role]
             if role == "neon" and name in released:
@@ -73,32 +84,38 @@ def as_markdown(lines: pd.DataFrame, params: dict) -> str:
     return "\n".join(parts)
 
 
+def reruns(final: pd.DataFrame) -> str:
+    """What the recipes gave, with the self-trained model, for reading; '' if no final evaluation is finished."""
+    return f"\n**Recipes rerun here**\n\n{markdown(final_table(final))}" if len(final) else ""
+
+
+def all_rows(found: dict[str, list[dict]]) -> pd.DataFrame:
+    """The rows of all names as one table; the paper has one seed."""
+    return table_of({**row, "setting": name, "seed": 0} for name, rows in found.items() for row in rows)
+
+
 def main(out: Path) -> None:
+    """Write the tables of the folder of results `out`, which has rows/ in it."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     search, final = (found(out, kind, params["points"]) for kind in ("search", "final"))
+    finished = all_rows({name: rows for name, rows in final.items() if {row["role"] for row in rows} >= set(ROLES)})
     paper, released = pd.read_csv(ROOT / "paper" / "table_a1.csv"), found(out, "released", params["released"])
     lines = table_a1(paper, params, final, released)
     tables = {
         "table_a1.csv": lines.to_csv(index=False, float_format="%.6g"),
         "table_a1.json": lines.to_json(orient="records", indent=1),
-        "table_a1.md": as_markdown(lines, params),
+        "table_a1.md": as_markdown(lines, params) + reruns(finished),
         "titles.json": json.dumps(dict(zip(params["points"], params["points"])), indent=1),
+        "search.csv": as_csv(all_rows(search), CURVES),
+        "budget.csv": as_csv(best_by_budget(all_rows(search))),
+        "final.csv": as_csv(finished, ["role", *CURVES]),
+        "settings.csv": as_csv(summarise(finished)),
     }
-    for kind, rows in (("search", search), ("final", final)):
-        table = table_of([{**row, "setting": name, "seed": 0} for name, part in rows.items() for row in part])
-        columns = ["role", *CURVES] if kind == "final" else CURVES
-        tables[f"{kind}.csv"] = table.reindex(columns=columns).to_csv(index=False, float_format="%.5g")
-        if kind == "search":
-            tables["budget.csv"] = best_by_budget(table).to_csv(index=False, float_format="%.5g")
-    tables["settings.csv"] = summarise(table).to_csv(index=False, float_format="%.5g")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in tables.items():
-        with atomic(out / name) as partial:
-            partial.write_text(text)
+    write_all(out, tables)
     print(tables["table_a1.md"])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of results, with rows/ in it")
-    main(parser.parse_args().out)
+    command_line(lambda: main(parser.parse_args().out))

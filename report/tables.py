@@ -1,58 +1,122 @@
-"""Result rows → tables: one line per setting, with intervals over seeds."""
+"""Rows of results → tables: one line per setting, with intervals over seeds.
+
+In every table Neon is the best w > 0 that the seed's search found, or the base itself where no w > 0 was better (w* is
+'none', FID Neon is FID base, gain is 0). The self-trained model, w = −1, stands next to it.
+"""
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from neon import NeonError
-from neon.files import atomic
+from neon.cli import command_line
+from neon.files import atomic, existing, read_json
 from neon.measure.metrics import t_interval
 from neon.measure.rows import Rows
 
 SUMMARY = [
-    *("family", "seeds", "w_star", "cfg_star", "fid_selftrained", "fid_base", "fid_neon", "gain", "gain_lo", "gain_hi"),
+    *("family", "seeds", "w_star", "w_lo", "w_hi", "cfg_star"),
+    *("fid_selftrained", "fid_base", "fid_neon", "gain", "gain_lo", "gain_hi"),
     *("precision_base", "precision_neon", "recall_base", "recall_neon", "num_images", "seconds"),
 ]
-
-
 CURVES = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se", "precision", "recall", "n"]
+OTHER_NAMES = {"cfg_scale": "cfg"}  # of guidance
+ROLES = ["base", "selftrained", "neon"]
 
 
-def read_rows(files: Mapping[Path, Mapping[str, object]]) -> pd.DataFrame:
-    """Rows of several JSON-lines files, each with the columns given for its file (say, setting and seed)."""
-    rows = [{**row, **columns} for path, columns in files.items() for row in Rows(path, write=False).rows.values()]
+# ---------------------------------------------------------------- rows of files
+
+
+def rows_of(path: str | Path, final: bool = False) -> list[dict]:
+    """The rows that `neon search` or `neon final` wrote, or the one of `neon evaluate`, a .json, as role 'released'.
+
+    final: each must have a role. Raises NeonError if there is no such file, or if it holds something else.
+    """
+    path = existing(path)
+    if path.suffix == ".json":
+        row = read_json(path)
+        if not (isinstance(row, dict) and {"family", "w"} <= row.keys()):
+            raise NeonError(f"{path}: holds something other than a row of results")
+        return [{"role": "released", **row}]
+    rows = list(Rows(path, write=False).rows.values())
+    if final and any("role" not in row for row in rows):
+        raise NeonError(f"{path}: not what `neon final` wrote")
+    return rows
+
+
+def table_of(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
+    """A line per row. Guidance is the column cfg in every family. Columns that nobody wrote are empty."""
+    table = pd.DataFrame([_renamed(row) for row in rows]).drop(columns=["key", "versions"], errors="ignore")
+    return table.reindex(columns=[*table.columns, *(name for name in (*CURVES, "num_synthetic") if name not in table)])
+
+
+def _renamed(row: Mapping[str, object]) -> dict:
+    return {OTHER_NAMES.get(name, name): value for name, value in row.items()}
+
+
+def read_rows(files: Mapping[Path, Mapping[str, object]], final: bool = False) -> pd.DataFrame:
+    """Rows of several files, each with the columns given for its file (say, setting and seed). Raises NeonError."""
+    rows = [{**row, **columns} for path, columns in files.items() for row in rows_of(path, final)]
     if not rows:
         raise NeonError("no results yet")
     return table_of(rows)
 
 
-def table_of(rows: list[Mapping[str, object]]) -> pd.DataFrame:
-    """Guidance is the column cfg, also where a family calls it otherwise. Columns that nobody wrote are empty."""
-    table = pd.DataFrame(rows).drop(columns=["key", "versions"], errors="ignore")
-    if "cfg_scale" in table:
-        table["cfg"] = table.get("cfg", table["cfg_scale"]).fillna(table["cfg_scale"])
-    return table.reindex(columns=[*table.columns, *(name for name in (*CURVES, "num_synthetic") if name not in table)])
+def files(roots: Iterable[Path], kind: str) -> dict[Path, dict]:
+    """<root>/<kind>/<setting>/<seed>.jsonl → its setting and seed, in order of seeds. Raises NeonError."""
+    found = sorted((p for root in roots for p in root.glob(f"{kind}/*/*.jsonl")), key=lambda p: (seed_of(p), p))
+    return {path: {"setting": path.parent.name, "seed": seed_of(path)} for path in found}
 
 
-def summarise(final: pd.DataFrame, by: Iterable[str] = ("family", "setting")) -> pd.DataFrame:
-    """One line per setting from the final rows (base, self-trained, Neon) of its seeds; columns SUMMARY after `by`.
+def seed_of(path: Path) -> int:
+    """The replicate that a file of rows is named by. Raises NeonError."""
+    if not path.stem.isdecimal():
+        raise NeonError(f"{path}: a file of rows is named by its seed, say 0.jsonl")
+    return int(path.stem)
 
-    gain is FID(base) − FID(neon), paired within a seed, with its 95 % t-interval over seeds. w_star is the median over
-    seeds of the w that each chose on its search images.
+
+# ---------------------------------------------------------------- tables of rows
+
+
+def by_role(final: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Final rows of one setting → base, selftrained and neon, each with one line per seed, the same seeds in order.
+
+    Raises NeonError if a role of a seed is missing or there twice.
+    """
+    setting, counts = final["setting"].iloc[0], final.groupby(["seed", "role"]).size().unstack(fill_value=0)
+    for (seed, role), count in counts.reindex(columns=ROLES, fill_value=0).stack().items():
+        if count != 1:
+            raise NeonError(f"{setting}, seed {seed}: {count} rows of role {role}, not 1; run `neon final --replace`")
+    return {role: part.set_index("seed").sort_index() for role, part in final.groupby("role")}
+
+
+def summarise(final: pd.DataFrame) -> pd.DataFrame:
+    """One line per family and setting from the final rows (base, self-trained, Neon) of its seeds: columns SUMMARY.
+
+    gain is FID(base) − FID(Neon), paired within a seed, with its 95 % t-interval over seeds; one seed has none. w_star
+    is the median over seeds of the w that each chose on its search images, w_lo the least, w_hi the greatest of them; 0
+    stands for 'none', the base is best. Raises NeonError if a seed's rows are not complete.
     """
     lines = []
-    for keys, rows in final.groupby(list(by), sort=False):
-        wide = {name: part.set_index("seed").sort_index() for name, part in rows.groupby("role")}
-        base, trained, neon = wide["base"], wide["selftrained"], wide["neon"]
+    for (family, setting), rows in final.groupby(["family", "setting"], sort=False):
+        of = by_role(rows)
+        base, trained, neon = of["base"], of["selftrained"], of["neon"]
         gain, half = t_interval((base["fid"] - neon["fid"]).to_numpy())
-        line = dict(zip(by, keys)) | {
+        half = half if math.isfinite(half) else math.nan
+        line = {
+            "family": family,
+            "setting": setting,
             "seeds": len(base),
             "w_star": neon["w"].median(),
-            "cfg_star": neon["cfg"].median() if "cfg" in neon else float("nan"),
+            "w_lo": neon["w"].min(),
+            "w_hi": neon["w"].max(),
+            "cfg_star": neon["cfg"].median(),
             "fid_selftrained": trained["fid"].mean(),
             "gain": gain,
             "gain_lo": gain - half,
@@ -63,38 +127,79 @@ def summarise(final: pd.DataFrame, by: Iterable[str] = ("family", "setting")) ->
         for metric in ("fid", "precision", "recall"):
             line |= {f"{metric}_base": base[metric].mean(), f"{metric}_neon": neon[metric].mean()}
         lines.append(line)
-    extra = [key for key in by if key not in SUMMARY]
-    return pd.DataFrame(lines, columns=[*extra, *SUMMARY])
+    return pd.DataFrame(lines, columns=["setting", *SUMMARY])
+
+
+def chosen(w: Iterable[float]) -> str:
+    """The w that the seeds chose, for reading: '1.5' if all agree, otherwise '1–2, median 1'; 'none' for the base.
+
+    If the base is best for some seeds, it counts as w = 0: '0–1, median 0 (none in 3 of 5)'.
+    """
+    w = np.asarray(list(w), dtype=float)
+    if (w == w[0]).all():
+        return f"{w[0]:g}" if w[0] else "none"
+    none = int((w == 0).sum())
+    return f"{w.min():g}–{w.max():g}, median {np.median(w):g}" + (f" (none in {none} of {len(w)})" if none else "")
+
+
+def with_w(settings: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
+    """The lines of `summarise` with the column 'w*' for reading, see `chosen`, in place of w_star. final: its rows."""
+    texts = final[final["role"] == "neon"].groupby("setting")["w"].agg(chosen)
+    shown = settings.rename(columns={"w_star": "w*"})
+    return shown.assign(**{"w*": settings["setting"].map(texts)})
 
 
 def best_by_budget(search: pd.DataFrame) -> pd.DataFrame:
-    """The lowest FID over w >= 0 and γ for every setting, seed, |S| and B; the base has |S| = B = 0."""
+    """The lowest FID over w >= 0 and γ for every setting, seed, |S| and B; the base has |S| = B = 0.
+
+    Where every merge of a B diverged, its FID is inf.
+    """
     keys = ["family", "setting", "seed", "num_synthetic", "budget"]
-    best = search[search["w"] >= 0].groupby(keys, sort=False)["fid"].idxmin()
+    rows = search[search["w"] >= 0]
+    best = rows["fid"].fillna(math.inf).groupby([rows[key] for key in keys], sort=False).idxmin()
     return search.loc[best].reindex(columns=[*keys, "w", "cfg", "fid", "n"])
+
+
+def ends(best: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds of fid and w at the first, the best and the last B: index setting, num_synthetic, budget.
+
+    best: of `best_by_budget`.
+    """
+    keys = ["setting", "num_synthetic"]
+    mean = best.groupby([*keys, "budget"], sort=False)[["fid", "w"]].mean()
+    groups = (part.sort_index() for _, part in mean.groupby(keys, sort=False))
+    return pd.concat([part.iloc[sorted({0, part["fid"].argmin(), len(part) - 1})] for part in groups])
 
 
 def final_table(final: pd.DataFrame) -> pd.DataFrame:
     """For reading, a line per setting: FIDs and gain, mean ± half of the 95 % interval; means of other metrics.
 
-    w* lists the values that the seeds chose; gain is paired within a seed.
+    w* as `chosen` writes it; gain is paired within a seed; one seed has no interval. Raises NeonError as `summarise`.
     """
     lines = []
     for setting, rows in final.groupby("setting", sort=False):
-        of = {role: part.set_index("seed").sort_index() for role, part in rows.groupby("role")}
+        of = by_role(rows)
         fids = {
             "FID w = −1": of["selftrained"]["fid"],
             "FID base": of["base"]["fid"],
             "FID Neon": of["neon"]["fid"],
             "gain": of["base"]["fid"] - of["neon"]["fid"],
         }
-        line = {"setting": setting, "seeds": len(of["base"])}
-        line["w*"] = " ".join(f"{w:g}" for w in sorted(set(of["neon"]["w"])))
-        line |= {name: "{:.3g} ± {:.2g}".format(*t_interval(values.to_numpy())) for name, values in fids.items()}
+        line = {"setting": setting, "seeds": len(of["base"]), "w*": chosen(of["neon"]["w"])}
+        line |= {name: _interval(values) for name, values in fids.items()}
         for metric in ("precision", "recall"):
-            line[metric] = " → ".join(f"{of[role][metric].mean():.3f}" for role in ("base", "neon"))
+            means = [of[role][metric].mean() for role in ("base", "neon")]
+            line[metric] = "" if any(map(math.isnan, means)) else " → ".join(map("{:.3f}".format, means))
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _interval(values: pd.Series) -> str:
+    mean, half = t_interval(values.to_numpy())
+    return f"{mean:.3g} ± {half:.2g}" if math.isfinite(half) else f"{mean:.3g}"
+
+
+# ---------------------------------------------------------------- files of tables
 
 
 def markdown(table: pd.DataFrame, digits: int = 3) -> str:
@@ -104,39 +209,55 @@ def markdown(table: pd.DataFrame, digits: int = 3) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def files(roots: list[Path], kind: str) -> dict[Path, dict]:
-    """<root>/<kind>/<setting>/<seed>.jsonl → its setting and seed."""
-    found = sorted((p for root in roots for p in root.glob(f"{kind}/*/*.jsonl")), key=lambda p: int(p.stem))
-    return {path: {"setting": path.parent.name, "seed": int(path.stem)} for path in found}
+def as_csv(table: pd.DataFrame, columns: Iterable[str] | None = None) -> str:
+    """These columns (default: all) with five digits; 'inf' is read back as infinity, an empty field as NaN."""
+    return table.reindex(columns=columns).to_csv(index=False, float_format="%.5g")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def write_all(folder: Path, tables: Mapping[str, str]) -> None:
+    """Name → text, each written whole or not at all."""
+    for name, text in tables.items():
+        with atomic(folder / name) as partial:
+            partial.write_text(text)
+
+
+def read_titles(path: Path) -> dict[str, str]:
+    """Setting → title, in order, from the YAML file's entry `titles`. Raises NeonError."""
+    try:
+        return dict(yaml.safe_load(existing(path).read_text())["titles"])
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        raise NeonError(f"{path}: not YAML with an entry `titles`, setting: title") from None
+
+
+def read_ordered(roots: Iterable[Path], kind: str, titles: Mapping[str, str]) -> pd.DataFrame:
+    """All rows of that kind under the folders, in the order of the titles. Raises NeonError."""
+    table, order = read_rows(files(roots, kind), kind == "final"), list(titles)
+    if missing := sorted(set(table["setting"]) - set(order)):
+        raise NeonError(f"no title for {', '.join(missing)}")
+    return table.sort_values("setting", key=lambda c: c.map(order.index), kind="stable")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, nargs="+", required=True, help="folders of searches and final evaluations")
     parser.add_argument("--titles", type=Path, required=True, help="YAML file: `titles` of the settings, in order")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    titles = yaml.safe_load(args.titles.read_text())["titles"]
-    order = list(titles)
-    search, final = (
-        read_rows(files(args.rows, kind)).sort_values("setting", key=lambda c: c.map(order.index), kind="stable")
-        for kind in ("search", "final")
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
-    budget = best_by_budget(search)
-    search = search[search["setting"].isin(final["setting"])]  # others vary B and |S| only
+    titles = read_titles(args.titles)
+    search, final = (read_ordered(args.rows, kind, titles) for kind in ("search", "final"))
     settings = summarise(final)
-    summary = settings.drop_duplicates("family").drop(columns="setting")  # a family's first setting
     tables = {
-        "search.csv": search.reindex(columns=CURVES).to_csv(index=False, float_format="%.5g"),
-        "final.csv": final.reindex(columns=["role", *CURVES]).to_csv(index=False, float_format="%.5g"),
-        "budget.csv": budget.to_csv(index=False, float_format="%.5g"),
-        "settings.csv": settings.to_csv(index=False, float_format="%.5g"),
-        "summary.csv": summary.to_csv(index=False, float_format="%.5g"),
+        "search.csv": as_csv(search[search["setting"].isin(final["setting"])], CURVES),  # others vary B and |S| only
+        "final.csv": as_csv(final, ["role", *CURVES]),
+        "budget.csv": as_csv(best_by_budget(search)),
+        "settings.csv": as_csv(settings),
+        "summary.csv": as_csv(settings.drop_duplicates("family"), SUMMARY),  # a family's first setting
         "table.md": markdown(final_table(final.replace({"setting": titles}))),
         "titles.json": json.dumps(titles, indent=1),
     }
-    for name, text in tables.items():
-        with atomic(args.out / name) as partial:
-            partial.write_text(text)
+    write_all(args.out, tables)
     print(tables["table.md"])
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,6 +1,7 @@
 """Evaluation, search and final comparison: the same numbers however they are computed, each computed once."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from mini.features import DigitsCNN, save_digits_cnn
 from neon import NeonError
 from neon.data import ImageSet
 from neon.measure import metrics
+from neon.measure.candidates import Point
 from neon.measure.evaluate import Evaluation
 from neon.measure.features import Extractor, load_extractor
 from neon.measure.metrics import Moments, load_reference
@@ -207,10 +209,10 @@ def test_final(mini, searched, tmp_path):
     path, found = tmp_path / "final.jsonl", rows(searched)
     neon(*final(mini, path, searched))
     base, trained, best = rows(path)
-    wanted = min(found, key=lambda row: row["fid"])
+    merged = min((row for row in found if row["w"] > 0), key=lambda row: row["fid"])
     assert [row["role"] for row in (base, trained, best)] == ["base", "selftrained", "neon"]
-    assert (base["w"], trained["w"], best["w"]) == (0, -1, wanted["w"])
-    assert trained["selftrained"] == (wanted["selftrained"] or found[1]["selftrained"])
+    assert (base["w"], trained["w"], best["w"]) == (0, -1, merged["w"] if merged["fid"] < found[0]["fid"] else 0)
+    assert trained["selftrained"] == merged["selftrained"]
     assert {row["seeds"] for row in (base, trained, best)} == {"200-299"}
 
     # Killed after the first row: that one stays, the others come out the same.
@@ -236,7 +238,8 @@ def test_final_of_a_grid_takes_its_options(mini, tmp_path):
         return row["num_steps"], row["solver"]
 
     assert options(base) == options(min((row for row in found if row["w"] == 0), key=lambda row: row["fid"]))
-    assert options(best) == options(min(found, key=lambda row: row["fid"])) and trained["w"] == -1
+    best_found = min(found, key=lambda row: row["fid"])  # of w = 0 and w = 1
+    assert options(best) == options(best_found) and best["w"] == best_found["w"] and trained["w"] == -1
 
 
 def test_stop_ends_a_row_early(mini, searched, tmp_path):
@@ -252,15 +255,51 @@ def test_stop_ends_a_row_early(mini, searched, tmp_path):
 ROW = {"family": "edm", "base_sha256": "a", "dtype": "float32", "seeds": "0-9", "features": "f", "reference": "r"}
 
 
+def point_row(w, fid, snapshot="s", cfg=1.0):
+    return {**ROW, "w": w, "fid": fid, "selftrained": snapshot if w else None, "cfg": cfg}
+
+
 def test_final_points_of_rows_that_do_not_compare():
-    found = [{**ROW, "fid": 1.0, "w": 0.0, "selftrained": None}, {**ROW, "fid": 2.0, "w": 1.0, "selftrained": "s"}]
+    found = [point_row(0.0, 1.0), point_row(1.0, 2.0)]
     assert final_points(found, [])["selftrained"].selftrained == "s"
-    assert final_points(found, [])["neon"].w == 0
     for fact in (*ROW, "vae_sha256"):
         with pytest.raises(NeonError, match=f"the rows of the search differ in {fact}"):
             final_points([found[0], {**found[1], fact: "other"}], [])
     with pytest.raises(NeonError, match="holds no self-trained model"):
         final_points(found[:1], [])
+
+
+def test_neon_is_the_best_positive_w_or_the_base():
+    """Never w = -1, however good that is; a base is compared at its own best options."""
+    trained = point_row(-1.0, 0.5, "t", 2.0)
+    found = [point_row(0.0, 4.0), point_row(0.0, 3.0, cfg=2.0), point_row(1.0, 3.5), trained, point_row(2.0, 9.0, "u")]
+    points = final_points(found, ["cfg"])
+    assert points["base"] == points["neon"] == Point(None, 0.0, (("cfg", 2.0),))
+    assert points["selftrained"] == Point("s", -1.0, (("cfg", 1.0),))  # of the best w > 0, which lost
+    points = final_points([*found, point_row(0.5, 2.9, "u", 2.0)], ["cfg"])
+    assert points["neon"] == Point("u", 0.5, (("cfg", 2.0),))
+    assert points["selftrained"] == Point("u", -1.0, (("cfg", 2.0),))
+    points = final_points([*found, point_row(1.0, 3.0, "u")], ["cfg"])  # as good as the base is not better
+    assert points["neon"].w == 0
+    points = final_points([row for row in found if row["w"] <= 0], ["cfg"])
+    assert points["neon"] == points["base"] and points["selftrained"] == Point("t", -1.0, (("cfg", 2.0),))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_fid_that_is_not_finite_never_wins(bad):
+    found = [point_row(0.0, bad), point_row(0.0, 3.0, cfg=2.0), point_row(1.0, bad), point_row(1.0, 2.0, "u")]
+    points = final_points(found, ["cfg"])
+    assert points["base"].kappa == (("cfg", 2.0),) and points["neon"] == Point("u", 1.0, (("cfg", 1.0),))
+    points = final_points(found[:3], ["cfg"])  # every merge diverged
+    assert points["neon"] == points["base"] and points["selftrained"] == Point("s", -1.0, (("cfg", 1.0),))
+    with pytest.raises(NeonError, match="no finite FID"):
+        final_points([found[0], found[2]], ["cfg"])
+
+
+def test_final_points_of_a_search_without_the_base():
+    points = final_points([point_row(1.0, 5.0), point_row(2.0, 4.0, cfg=2.0), point_row(-1.0, 3.0)], ["cfg"])
+    assert points["neon"] == Point("s", 2.0, (("cfg", 2.0),))
+    assert points["base"] == Point(None, 0.0, (("cfg", 2.0),))
 
 
 def test_final_of_another_base(mini, searched, tmp_path):

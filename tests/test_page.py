@@ -60,7 +60,7 @@ def test_a_page_needs_nothing_else():
     assert open_tags == []
 
 
-def test_what_is_no_notebook_is_said_so(tmp_path, notebook):
+def test_a_file_that_is_not_a_notebook(tmp_path, notebook):
     (tmp_path / "bad.ipynb").write_text("{")
     command = ["-m", "report.page", notebook, tmp_path / "bad.ipynb", "--out", tmp_path / "index.html"]
     done = subprocess.run([BIN / "python", *command], capture_output=True, text=True, timeout=120)

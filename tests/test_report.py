@@ -1,19 +1,48 @@
-"""Tables from rows, and the notebook that draws FID against B."""
+"""Tables from rows, their command lines, and the notebooks that draw them."""
 
+import io
 import json
+import math
+import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+import pytest
+from processes import BIN, ROOT
+from sets import write_images
 
-from report.tables import best_by_budget, read_rows
-
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "budget.ipynb"
+from neon import NeonError
+from report.metrics import curve, metrics
+from report.table_a1 import main as write_table_a1
+from report.tables import (
+    as_csv,
+    best_by_budget,
+    chosen,
+    ends,
+    final_table,
+    read_rows,
+    rows_of,
+    summarise,
+    table_of,
+    with_w,
+)
 
 
 def row(w, fid, budget, size):
-    told = {"key": f"{w} {budget} {size}", "family": "imm", "cfg_scale": 1.5, "n": 4, "versions": {}}
-    return told | {"w": w, "fid": fid, "budget": budget, "num_synthetic": size}
+    facts = {"key": f"{w} {budget} {size}", "family": "imm", "cfg_scale": 1.5, "n": 4, "versions": {}, "seconds": 1.0}
+    return facts | {"w": w, "fid": fid, "budget": budget, "num_synthetic": size}
+
+
+def write(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
 
 
 def searched(folder):
@@ -24,15 +53,44 @@ def searched(folder):
         for size in (100, 200):
             for budget in (64, 128):
                 rows += [row(w, 9 - w - budget / size + seed, budget, size) for w in (-1.0, 0.5, 1.0)]
-        path = folder / f"{seed}.jsonl"
-        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        files[path] = {"setting": "imm4", "seed": seed}
+        files[write(folder / f"{seed}.jsonl", rows)] = {"setting": "imm4", "seed": seed}
     return read_rows(files)
+
+
+def paper_search():
+    """10 752 rows: 59 budgets, 13 weights, 14 guidances, one seed. All merges of the first B diverged, and far ones."""
+    weights, guidances = [round(0.4 * i, 1) for i in range(1, 14)], [round(1.3 + i / 10, 1) for i in range(14)]
+    rows = [row(0.0, 8 + (g - 1.7) ** 2, 0, 0) | {"cfg_scale": g} for g in guidances]
+    for i in range(1, 60):
+        for w in weights:
+            for g in guidances:
+                fid = math.inf if i == 1 or w > 5 else 3 + (w - 1.6) ** 2 + (g - 1.9) ** 2 + ((i - 35) / 20) ** 2
+                rows.append(row(w, fid, 64 * i, 100) | {"cfg_scale": g})
+    return [{**r, "key": str(i)} for i, r in enumerate(rows)]
+
+
+def final_rows(w, base=10.0, trained=20.0, neon=8.0):
+    """What `neon final` writes for one seed: w = 0 for Neon is the base."""
+    points = {"base": (0.0, base), "selftrained": (-1.0, trained), "neon": (w, neon if w else base)}
+    return [
+        {**row(at, fid, 64 if at else 0, 100 if at else 0), "key": f"{role} x", "role": role}
+        for role, (at, fid) in points.items()
+    ]
+
+
+def finals(w, setting="imm4", **fids):
+    """Of seeds that chose these w; a tenth of FID apart."""
+    parts = [table_of(final_rows(value, **fids)).assign(seed=seed) for seed, value in enumerate(w)]
+    table = pd.concat(parts, ignore_index=True).assign(setting=setting)
+    return table.assign(fid=table["fid"] + table["seed"] / 10)
+
+
+# ---------------------------------------------------------------- tables of a search
 
 
 def test_the_best_w_of_every_budget_and_size(tmp_path):
     table = searched(tmp_path)
-    assert (table["cfg"] == 1.5).all()  # guidance has one name
+    assert (table["cfg"] == 1.5).all() and "cfg_scale" not in table  # guidance has one name
     best = best_by_budget(table)
     assert len(best) == 2 * (1 + 2 * 2)
     assert best[best["budget"] > 0]["w"].eq(1.0).all()  # w = -1 is no merge of Neon's
@@ -40,25 +98,221 @@ def test_the_best_w_of_every_budget_and_size(tmp_path):
     assert line["fid"] == 9 - 1 - 128 / 200 + 1
 
 
-def executed(results: Path, capsys) -> str:
+def test_tables_of_a_search_of_the_papers_size(tmp_path):
+    path = write(tmp_path / "0.jsonl", paper_search())
+    table = read_rows({path: {"setting": "imm_t1", "seed": 0}})
+    best = best_by_budget(table)
+    assert len(table) == 10_752 and best["budget"].tolist() == [64 * i for i in range(60)]
+    assert best["fid"].iloc[:3].tolist() == pytest.approx([8, math.inf, 3 + (33 / 20) ** 2])
+    assert (best["w"].iloc[35], best["cfg"].iloc[35]) == (1.6, 1.9)
+    again = pd.read_csv(io.StringIO(as_csv(best)))
+    assert again["fid"].tolist() == pytest.approx(best["fid"].tolist(), rel=1e-4)  # infinity, too
+    shown = ends(best)
+    assert shown.index.get_level_values("budget").tolist() == [0, 64, 64 * 35, 64 * 59]
+    assert shown["fid"].iloc[2] == pytest.approx(3) and shown["w"].iloc[2] == 1.6
+
+
+def test_ends_of_a_few_budgets(tmp_path):
+    shown = ends(best_by_budget(searched(tmp_path)))
+    assert shown.index.tolist() == [("imm4", *at) for at in [(0, 0), (100, 64), (100, 128), (200, 64), (200, 128)]]
+    assert shown["fid"].tolist() == pytest.approx([10.5, 7.86, 7.22, 8.18, 7.86])
+
+
+def test_a_curve_has_the_best_row_at_each_w():
+    best = curve(table_of(paper_search()))
+    assert best["w"].tolist() == [0, *(round(0.4 * i, 1) for i in range(1, 13))]  # 5.2 diverged everywhere
+    assert best["fid"].iloc[4] == pytest.approx(3) and best["cfg"].iloc[4] == 1.9 and best["budget"].iloc[4] == 64 * 35
+    assert np.isfinite(best["fid"]).all() and "precision" not in best
+    with pytest.raises(NeonError, match="no finite FID"):
+        curve(table_of([row(1.0, math.inf, 64, 100)]))
+
+
+# ---------------------------------------------------------------- tables of final rows
+
+
+@pytest.mark.parametrize(
+    ("w", "text"),
+    [
+        ([1.5], "1.5"),
+        ([1.0, 1.0, 1.0], "1"),
+        ([2.0, 1.0, 1.0], "1–2, median 1"),
+        ([0.0, 0.0], "none"),
+        ([0.0, 1.0, 0.0, 0.5, 0.0], "0–1, median 0 (none in 3 of 5)"),
+        ([0.5, 0.0, 1.0], "0–1, median 0.5 (none in 1 of 3)"),
+    ],
+)
+def test_w_has_one_form(w, text):
+    final = finals(w)
+    assert chosen(w) == text
+    assert final_table(final)["w*"].tolist() == [text]
+    (line,) = summarise(final).to_dict("records")
+    assert (line["w_star"], line["w_lo"], line["w_hi"]) == (np.median(w), min(w), max(w))
+    assert with_w(summarise(final), final)["w*"].tolist() == [text]
+
+
+def test_neon_is_the_base_where_no_w_is_better():
+    final = pd.concat([finals([0.0] * 3), finals([0.0, 2.0, 2.0], "imm8")])
+    none, some = summarise(final).to_dict("records")
+    assert none["fid_neon"] == none["fid_base"] == pytest.approx(10.1)
+    assert none["fid_selftrained"] == pytest.approx(20.1)
+    assert none["gain"] == none["gain_lo"] == none["gain_hi"] == 0
+    assert some["gain"] == pytest.approx(4 / 3) and some["gain_hi"] - some["gain"] == pytest.approx(2.868, abs=1e-3)
+    first, second = final_table(final).to_dict("records")
+    assert first["FID Neon"] == first["FID base"] == "10.1 ± 0.25" and first["gain"] == "0 ± 0"
+    assert first["FID w = −1"] == "20.1 ± 0.25" and second["setting"] == "imm8"
+
+
+def test_one_seed_has_no_interval():
+    final = finals([1.0])
+    (line,) = summarise(final).to_dict("records")
+    assert (line["gain"], line["num_images"], line["cfg_star"]) == (2, 4, 1.5)
+    assert math.isnan(line["gain_lo"]) and math.isnan(line["gain_hi"])
+    (line,) = final_table(final).to_dict("records")
+    assert line["FID Neon"] == "8" and line["gain"] == "2" and line["precision"] == ""
+
+
+def test_rows_of_a_final_evaluation_are_complete():
+    final = finals([1.0, 1.0])
+    for wrong, found in ((final.iloc[:-1], 0), (pd.concat([final, final.iloc[-1:]]), 2)):
+        for table in (summarise, final_table):
+            with pytest.raises(NeonError, match=f"imm4, seed 1: {found} rows of role neon, not 1"):
+                table(wrong)
+
+
+def test_metrics_by_role(tmp_path):
+    diverged = {**row(0.0, math.inf, 0, 0), "key": "other x", "role": "other", "precision": math.nan}
+    rows = [*final_rows(1.0), diverged]
+    found = metrics(table_of(rows_of(write(tmp_path / "0.jsonl", rows))))
+    assert found["neon"] == {"fid": 8.0, "w": 1.0, "cfg": 1.5, "budget": 64}
+    assert found["selftrained"]["fid"] == 20 and found["other"]["fid"] == math.inf and "precision" not in found["other"]
+    released = tmp_path / "imm.json"
+    released.write_text(json.dumps(row(0.0, 2.5, 0, 0)))
+    assert metrics(table_of(rows_of(released))) == {"released": {"fid": 2.5, "w": 0.0, "cfg": 1.5, "budget": 0}}
+
+
+# ---------------------------------------------------------------- command lines
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`python -m MODULE …` in this process → exit status, stdout, stderr."""
+
+    def run(module, *words):
+        monkeypatch.setattr("sys.argv", [module, *map(str, words)])
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        status = 0
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_tables_of_a_folder(tmp_path, run):
+    for seed, w in enumerate((1.0, 0.0)):
+        base, *others = [row(0.0, 10, 0, 0), row(-1.0, 5, 64, 100), row(1.0, math.inf, 64, 100), row(2.0, 9, 64, 100)]
+        write(tmp_path / f"rows/search/imm4/{seed}.jsonl", [base, *others])
+        write(tmp_path / f"rows/final/imm4/{seed}.jsonl", final_rows(w))
+    (tmp_path / "titles.yaml").write_text("titles: {other: Other, imm4: 'IMM, 4 steps'}")
+    command = ("--titles", tmp_path / "titles.yaml", "--out", tmp_path / "out")
+    status, out, error = run("report.tables", "--rows", tmp_path / "rows", *command)
+    assert status == 0, error
+    assert out.splitlines()[2].startswith("| IMM, 4 steps | 2 | 0–1, median 0.5 (none in 1 of 2) | 20 ± 0 | 10 ± 0 |")
+    tables = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert len(tables) == 7
+    search = pd.read_csv(tables["search.csv"])
+    assert search["fid"].tolist() == [10, 5, math.inf, 9] * 2 and search["cfg"].eq(1.5).all()
+    assert pd.read_csv(tables["budget.csv"])["fid"].tolist() == [10, 9] * 2
+    summary = pd.read_csv(tables["summary.csv"])
+    assert summary[["w_star", "w_lo", "w_hi", "fid_neon"]].to_numpy().tolist() == [[0.5, 0, 1, 9]]
+
+
+def test_what_is_wrong_is_one_line(tmp_path, run):
+    search = write(tmp_path / "rows/search/imm4/0.jsonl", [row(0.0, 10, 0, 0)])
+    write(tmp_path / "bad/search/imm4/first.jsonl", [row(0.0, 10, 0, 0)])
+    titles, broken, none = tmp_path / "titles.yaml", tmp_path / "broken.yaml", tmp_path / "none.jsonl"
+    titles.write_text("titles: {imm8: IMM}")
+    broken.write_text("titles: [")
+    out = tmp_path / "out"
+    tables = ("report.tables", "--out", out, "--titles")
+    (tmp_path / "rows/released").mkdir()
+    (tmp_path / "rows/released/imm_t8.json").write_text("[1]")
+    for command, message in {
+        (*tables, titles, "--rows", tmp_path / "empty"): "no results yet",
+        (*tables, titles, "--rows", tmp_path / "rows"): "no title for imm4",
+        (*tables, titles, "--rows", tmp_path / "bad"): "first.jsonl: a file of rows is named by its seed",
+        (*tables, broken, "--rows", tmp_path / "rows"): "broken.yaml: not YAML with an entry `titles`",
+        ("report.metrics", "metrics", none, out): "none.jsonl: no such file",
+        ("report.metrics", "metrics", search, out): "0.jsonl: not what `neon final` wrote",
+        ("report.metrics", "curve", titles, out): "holds something other than rows of results",
+        ("report.table_a1", "--out", tmp_path): "imm_t8.json: holds something other than a row of results",
+    }.items():
+        status, _, error = run(*command)
+        assert status == 1 and error.count("\n") == 1, (command, error)
+        assert error.startswith("error: ") and message in error, (command, error)
+        assert not out.exists() and not (tmp_path / "table_a1.csv").exists()
+    status, _, error = run("report.metrics", "metric", search, out)
+    assert status == 2 and "usage" in error
+
+
+def test_copies_of_a_search(tmp_path):
+    digits = write_images(tmp_path / "train", (1, 8, 8), 3, 2)
+    shutil.copytree(digits, tmp_path / "heldout")
+    search = write(tmp_path / "rows/search/imm4/0.jsonl", [row(0.0, 10, 0, 0)])
+    command = ["report.copies", "--data", tmp_path, "--rows", search, "--seeds", "0-3", "--out", tmp_path / "out.csv"]
+    done = subprocess.run([BIN / "python", "-m", *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == f"error: {search}: not what `neon final` wrote\n"
+    assert not (tmp_path / "out.csv").exists()
+
+
+# ---------------------------------------------------------------- notebooks
+
+
+def executed(name, results: Path) -> dict:
+    """The names that a notebook's cells leave."""
     matplotlib.use("Agg")
     namespace = {}
-    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+    for cell in json.loads((ROOT / f"notebooks/{name}.ipynb").read_text())["cells"]:
         if cell["cell_type"] == "code":
             assert not cell["outputs"]
             exec("".join(cell["source"]), namespace)
             if "parameters" in cell["metadata"].get("tags", []):
                 namespace["results"] = str(results)
-    return capsys.readouterr().out
+    plt.close("all")
+    return namespace
 
 
 def test_the_notebook_draws_what_there_is(tmp_path, capsys):
     best_by_budget(searched(tmp_path)).to_csv(tmp_path / "budget.csv", index=False)
     pd.Series({"imm4": "IMM"}).to_json(tmp_path / "titles.json")
-    assert "imm4" in executed(tmp_path, capsys)
+    executed("budget", tmp_path)
+    assert "imm4" in capsys.readouterr().out
     assert (tmp_path / "budget.png").stat().st_size > 5000
 
 
-def test_the_notebook_without_results_does_not_fail(tmp_path, capsys):
-    executed(tmp_path, capsys)
+def test_the_notebook_without_results_does_not_fail(tmp_path):
+    executed("budget", tmp_path)
     assert not (tmp_path / "budget.png").exists()
+
+
+def test_notebooks_of_the_papers_size(tmp_path, capsys):
+    """One model searched, but not yet evaluated; then both; without real images, so without precision."""
+    names = ("w_curves", "landscape", "budget", "table_a1")
+    write(tmp_path / "rows/search/imm_t1.jsonl", paper_search())
+    write(tmp_path / "rows/final/imm_t2.jsonl", final_rows(1.0)[:1])  # killed after the first row
+    write_table_a1(tmp_path)
+    assert "Recipes rerun" not in capsys.readouterr().out
+    for name in names:
+        executed(name, tmp_path)
+    figures = {path.name for path in tmp_path.glob("*.png")}
+    assert figures == {"w_curves.png", "landscape.png", "budget.png"}  # no final rows of what was searched
+    write(tmp_path / "rows/final/imm_t1.jsonl", final_rows(0.0))
+    write_table_a1(tmp_path)
+    table = capsys.readouterr().out
+    assert "**Recipes rerun here**" in table and "| imm_t1 | 1 | none | 20 | 10 | 10 | 0 |  |  |" in table
+    found = {name: executed(name, tmp_path) for name in names}
+    assert found["w_curves"]["figure"].axes[0].get_lines()
+    assert (tmp_path / "before_after.png").exists() and not (tmp_path / "asymptotes.png").exists()
+    assert "none" in capsys.readouterr().out

@@ -179,16 +179,18 @@ def run_search(args) -> None:
         evaluation = _evaluation(args, here)
         rows = _rows(args, here)
         score = scorer(_candidates(args, args.base, family, here), evaluation, sampling_options(args, family), rows)
-        best, seen = None, {}
-        for point, fid in grid(lambda p: score(p)["fid"], trained, parse_grid(args.w), grids, args.stop):
+        seen = {}
+        for point, _ in grid(lambda p: score(p)["fid"], trained, parse_grid(args.w), grids, args.stop):
+            row = score(point)
+            seen[row["key"]] = row
             if here.rank == 0:
-                print(summary(score(point), evaluation.metrics), flush=True)
-            best = min(best or (fid, point), (fid, point), key=lambda pair: pair[0])
-            seen[score(point)["key"]] = None
+                print(summary(row, evaluation.metrics), flush=True)
         if args.replace:
             rows.keep(seen)
-        if here.rank == 0:
-            print(f"best: {summary(score(best[1]), evaluation.metrics)}")
+        finite = [row for row in seen.values() if row["w"] >= 0 and row["fid"] < math.inf]
+        if here.rank == 0 and finite:
+            best = min(finite, key=lambda row: row["fid"])
+            print(f"best: {summary(best, evaluation.metrics)}{'' if best['w'] else '  (the base: no w > 0 is better)'}")
 
 
 def _grid_option(text: str, family) -> tuple[str, list]:
