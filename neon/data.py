@@ -213,8 +213,8 @@ ORDERS = {"window": window_order, "epoch": epoch_order}
 def batches(
     data: ImageSet, order: Iterator[int], batch: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, Callable[[], torch.Tensor]]]:
-    """This rank's part of each step, batch / world_size images in a row: (uint8 images, labels), read one step ahead in a
-    thread; and a function that reads the images of the whole step."""
+    """This rank's part of each step, batch / world_size images in a row: (uint8 images, labels), and a function that
+    reads the images of the whole step. A thread reads one step ahead."""
     share = batch // world_size
 
     def read():

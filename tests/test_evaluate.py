@@ -160,7 +160,7 @@ def searched(mini, tmp_path_factory):
     """A finished search."""
     path = tmp_path_factory.mktemp("search") / "search.jsonl"
     printed = neon(*search(mini, path))
-    best = min(rows(path), key=lambda row: row["fid"])
+    best = min((row for row in rows(path) if row["w"] >= 0), key=lambda row: row["fid"])
     assert printed.splitlines()[-1].startswith(f"best: w {best['w']:g}")
     return path
 
@@ -289,7 +289,7 @@ def test_neon_is_the_best_positive_w_or_the_base():
 def test_a_fid_that_is_not_finite_never_wins(bad):
     found = [point_row(0.0, bad), point_row(0.0, 3.0, cfg=2.0), point_row(1.0, bad), point_row(1.0, 2.0, "u")]
     points = final_points(found, ["cfg"])
-    assert points["base"].kappa == (("cfg", 2.0),) and points["neon"] == Point("u", 1.0, (("cfg", 1.0),))
+    assert points["base"].sampling == (("cfg", 2.0),) and points["neon"] == Point("u", 1.0, (("cfg", 1.0),))
     points = final_points(found[:3], ["cfg"])  # every merge diverged
     assert points["neon"] == points["base"] and points["selftrained"] == Point("s", -1.0, (("cfg", 1.0),))
     with pytest.raises(NeonError, match="no finite FID"):
