@@ -15,7 +15,7 @@ setup: .venv/installed
 	VIRTUAL_ENV=$(CURDIR)/.venv uv pip install --quiet --no-deps --editable .
 	@touch $@
 
-# EDM on real digits, three seeds: results/demo. `make mini` goes on from there: every family and setting, results/mini.
+# EDM on real digits, three seeds: results/demo. `make mini` continues from there: every family and setting, results/mini.
 demo mini: setup
 	@cd mini && dvc repro notebooks@$@ $(if $(filter mini,$@),page)
 	@echo; cat results/$@/table.md; echo "w-curves and executed notebooks are in results/$@"

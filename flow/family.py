@@ -8,13 +8,14 @@ from typing import Literal
 import torch
 
 from flow.configs import NETWORKS, PRESETS, RECIPES
-from flow.loss import Draws, flow_loss, mirror, nearest_pairs
+from flow.loss import Draws, flow_loss, nearest_pairs
 from flow.network import UNet
 from flow.sampler import flow_sampler
 from neon.family import check_images, named, option
 from neon.precision import autocast, network
 from neon.sampling import from_uint8, start, to_uint8
 from neon.weights import network as recorded
+from nets.images import mirror
 
 name = "flow"
 networks, recipes, presets = NETWORKS, RECIPES, PRESETS

@@ -26,13 +26,6 @@ def flow_loss(
     return (velocity(noise + along * (images - noise), t, labels) - (images - noise)) ** 2
 
 
-def mirror(images: torch.Tensor, mirrored: torch.Tensor | None) -> torch.Tensor:
-    """The images (N, C, H, W), some of them flipped left to right; mirrored: (N,) bool."""
-    if mirrored is None:
-        return images
-    return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
-
-
 def nearest_pairs(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """The permutation of `noise` at the least sum of squared distances from `images`, (N,) int64 on their device."""
     cost = torch.cdist(images.flatten(1), noise.flatten(1)) ** 2

@@ -3,7 +3,6 @@
 Tensor names, shapes and order equal those of torchcfm's public CIFAR-10 checkpoints.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neon.dropout import Dropout
+from nets.embedding import sinusoids
 
 
 class UNet(nn.Module):
@@ -77,7 +77,7 @@ class UNet(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """x: (N, C, H, W) float32; t: (N,) or a scalar in [0, 1], 0 is noise; labels: (N,) int64 → (N, C, H, W)."""
-        emb = self.time_embed(time_embedding(t.reshape(-1), self.num_channels))
+        emb = self.time_embed(sinusoids(t.reshape(-1), self.num_channels))
         if self.num_classes:
             emb = emb + self.label_emb(labels)
         skips = []
@@ -166,10 +166,3 @@ def zero(layer: nn.Module) -> nn.Module:
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
-
-
-def time_embedding(t: torch.Tensor, channels: int) -> torch.Tensor:
-    """[cos, sin] of t at geometric frequencies from 1 towards 1e-4, which it excludes; (N,) → (N, channels) float32."""
-    half = channels // 2
-    angle = t.float()[:, None] * torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
-    return torch.cat([angle.cos(), angle.sin()], dim=1)

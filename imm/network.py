@@ -5,7 +5,6 @@ preconditioned network f(x, t, s) jumps from x_t to x_s at once. Tensors inside 
 original checkpoints.
 """
 
-import math
 from collections import OrderedDict
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neon import NeonError
+from nets.embedding import sinusoids
 
 
 def logsnr(t: torch.Tensor) -> torch.Tensor:
@@ -34,9 +34,7 @@ def nt_to_time(nt: torch.Tensor) -> torch.Tensor:
 
 def timestep_embedding(t: torch.Tensor, width: int = 256) -> torch.Tensor:
     """Sinusoids of t (N,): [cos, sin], (N, width) in t's dtype, computed in float64."""
-    k = torch.arange(width // 2, dtype=torch.float64, device=t.device)
-    angle = t.double()[:, None] * torch.exp(-math.log(10000) * k / (width // 2))
-    return torch.cat([angle.cos(), angle.sin()], dim=1).to(t.dtype)
+    return sinusoids(t, width, torch.float64).to(t.dtype)
 
 
 def position_table(hidden: int, grid: int) -> torch.Tensor:

@@ -53,7 +53,7 @@ def train(
 ) -> tuple[Theta, Theta]:
     """Adam on loss(θ), (seeds,), from θ; returns the new θ and the running mean square of its gradients.
 
-    Adam treats each number by itself, so seeds do not meet. anneal: lr falls linearly to 0.
+    Adam treats each number by itself, so seeds do not affect each other. anneal: lr falls linearly to 0.
     """
     theta = {name: p.clone().requires_grad_() for name, p in theta.items()}
     adam = torch.optim.Adam(theta.values(), lr=lr, fused=True)

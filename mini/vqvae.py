@@ -1,4 +1,4 @@
-"""Train VAR's tokenizer on the digits: reconstruction plus the quantizer's loss. All seeds share it, as models do."""
+"""Train VAR's tokenizer on the digits: reconstruction plus the quantizer's loss. All seeds share it."""
 
 import argparse
 from pathlib import Path

@@ -14,6 +14,7 @@ from neon.family import check_images, named, option
 from neon.precision import autocast, decoder, network
 from neon.sampling import Streams, from_uint8, to_uint8
 from neon.weights.checkpoint import Weights, load_into, load_weights, open_weights, values_sha256
+from nets.images import mirror
 from xAR import loss as loss_numbers
 from xAR.configs import NETWORKS, PRESETS, RECIPES
 from xAR.network import XAR
@@ -175,7 +176,7 @@ def check(model: Model, shape: tuple[int, ...], labels: torch.Tensor | None) -> 
 class Draws(NamedTuple):
     """The random numbers of a training step of N images."""
 
-    mirrored: torch.Tensor | None  # (N, 1, 1, 1) bool
+    mirrored: torch.Tensor | None  # (N,) bool
     latent: torch.Tensor  # (N, channels, side, side) standard normal: which latent of its posterior an image gets
     context: loss_numbers.Draws
 
@@ -183,15 +184,14 @@ class Draws(NamedTuple):
 def draw(model: Model, n: int, generator: torch.Generator, *, flip: bool = False, **_) -> Draws:
     """Random numbers of a step, in the order of the fields. flip: mirror every second image, by chance."""
     net, here = model.transformer, {"generator": generator, "device": generator.device}
-    mirrored = torch.rand(n, 1, 1, 1, **here) < 0.5 if flip else None
+    mirrored = torch.rand(n, **here) < 0.5 if flip else None
     latent = torch.randn(n, net.channels, net.side, net.side, **here)
     return Draws(mirrored, latent, loss_numbers.draw(net, n, generator))
 
 
 def loss(model: Model, images: torch.Tensor, labels: torch.Tensor | None, draws: Draws, **_) -> torch.Tensor:
     """Mean squared error of the velocity of the images' latents."""
-    if draws.mirrored is not None:
-        images = images.flip(-1).where(draws.mirrored.to(images.device), images)
+    images = mirror(images, draws.mirrored)
     with torch.no_grad(), autocast(images.device, "float32"):
         latents = model.vae.encode(from_uint8(images), draws.latent.to(images.device))
     return loss_numbers.noisy_context_loss(model.transformer, latents, labels, draws.context)

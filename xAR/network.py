@@ -5,14 +5,13 @@ other. `to_cells` and `to_map` go back and forth; every table below is in sequen
 Parameter and buffer names are those of the released checkpoints.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neon import NeonError
 from neon.dropout import attention, dropout
+from nets.embedding import sinusoids
 
 
 def to_cells(x: Tensor, cell: int) -> Tensor:
@@ -36,13 +35,6 @@ def block_mask(cells: int, size: int) -> Tensor:
     return torch.zeros(()).where(cell[:, None] >= cell, -torch.inf)
 
 
-def sinusoid(ids: Tensor) -> Tensor:
-    """(...) time numbers → (..., 256) float32: cosines, then sines, of frequencies 1 … 1/10000."""
-    freqs = (-math.log(10000) * torch.arange(128, device=ids.device) / 128).exp()
-    angles = ids.float()[..., None] * freqs
-    return torch.cat([angles.cos(), angles.sin()], -1)
-
-
 def rms(x: Tensor) -> Tensor:
     """x over the root mean square of its last dimension, computed in float32, in x's dtype."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype)
@@ -64,7 +56,7 @@ class TimeEmbed(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """(...) times in [0, 1] → (..., D). Times count in whole thousandths, rounded down."""
-        return self.mlp(sinusoid((1000 * t.float()).trunc()))
+        return self.mlp(sinusoids((1000 * t.float()).trunc(), 256))
 
 
 class Rope(nn.Module):

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neon import NeonError
+from nets.embedding import sinusoids
 from xAR.configs import NETWORKS
 from xAR.family import new_transformer
 from xAR.loss import Draws, draw, noisy_context_loss
-from xAR.network import XAR, Block, Rope, TimeEmbed, block_mask, sinusoid, to_cells, to_map
+from xAR.network import XAR, Block, Rope, TimeEmbed, block_mask, to_cells, to_map
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "xar"
 TINY = {"dim": 32, "depth": 2, "heads": 2, "dropout": 0.0}
@@ -73,7 +74,7 @@ def test_tables():
 def test_time_embedding():
     expected = golden("tables")
     ids = expected["time_ids"]
-    close(sinusoid(ids), expected["time_sinusoid"], rtol=0, atol=6e-5)  # an ulp of exp() times 1000
+    close(sinusoids(ids, 256), expected["time_sinusoid"], rtol=0, atol=6e-5)  # an ulp of exp() times 1000
     embed = fill_parameters(XAR(**TINY)).time_embed
     close(embed((ids + 0.5) / 1000), expected["time_embed"])
 

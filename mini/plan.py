@@ -1,0 +1,213 @@
+"""What runs: the `neon` commands of every stage, made from settings.py, as a user would type them in mini/.
+
+    python -m mini.plan --out runs/plan    # runs/plan/generate/demo.sh, …: one command a line
+
+The stages of dvc.yaml depend on these files: a stage runs again where its commands have changed, and only there.
+"""
+
+import argparse
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from mini.settings import ABLATIONS, BASES, BATCH, CHAINS, Base, Chain, Setting
+from neon.files import atomic
+
+
+class Job(NamedTuple):
+    """A command, and the setting ("" for a base) and seed that it is for."""
+
+    setting: str
+    seed: int
+    command: list[str]
+
+
+def neon(command: str, **options: object) -> list[str]:
+    """The words of `neon COMMAND --name value …`."""
+    return ["neon", command, *(word for name, value in options.items() for word in flag(name, value))]
+
+
+def flag(name: str, value: object) -> list[str]:
+    """(0, 1.5) becomes --name 0,1.5; ["a", "b"] becomes --name a b; {"cfg": (0, 1.5)} becomes --name cfg=0,1.5."""
+    if isinstance(value, dict):
+        return [word for key, values in value.items() for word in flag(name, f"{key}={commas(values)}")]
+    if isinstance(value, list):
+        return [f"--{name}", *value]
+    text = commas(value) if isinstance(value, tuple) else str(value)
+    return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+
+
+def commas(values: tuple[float, ...]) -> str:
+    return ",".join(map(str, values))
+
+
+def train(base: Base, seed: int, out: str, **options: object) -> list[str]:
+    return neon(
+        "train",
+        family=base.family,
+        network="digits",
+        recipe="digits_base",
+        data="runs/data/train",
+        **base.options,
+        **options,
+        seed=seed,
+        out=out,
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of one setting of a chain: where its files are, and the commands of each stage, if it has any there."""
+
+    chain_name: str
+    chain: Chain
+    name: str  # of the setting
+    setting: Setting
+    seed: int
+
+    def folder(self, kind: str) -> str:
+        return self.chain.folder.format(chain=self.chain_name, kind=kind)
+
+    def path(self, kind: str, name: str | int = "") -> str:
+        """The folder of this seed's files of a kind: S, selftrain, base."""
+        return f"{self.folder(kind)}/{name or self.name}/{self.seed}"
+
+    def rows(self, stage: str) -> str:
+        return f"{self.folder('rows')}/{stage}/{self.name}/{self.seed}.jsonl"
+
+    def model(self) -> str:
+        return self.path("base") if self.setting.digits else f"runs/base/{self.chain.base}/{self.seed}"
+
+    def data(self) -> str:
+        """What the fine-tune reads."""
+        if self.setting.real:
+            return "runs/data/train"
+        other = self.setting.S or self.setting.of
+        return f"runs/S/{other}/{self.seed}" if other else self.path("S")
+
+    def fine_tunes(self) -> list[str]:
+        """What the search reads: folders with snapshots, or one snapshot."""
+        other = self.setting.of
+        whole = f"runs/selftrain/{other}/{self.seed}" if other else self.path("selftrain")
+        if self.setting.snapshot:
+            whole += f"/snapshot-{self.setting.snapshot:09d}.safetensors"
+        return [*(self.path("selftrain", size) for size in self.setting.parts), whole]
+
+    def base(self) -> Iterator[list[str]]:
+        if self.setting.digits:
+            base = BASES[self.chain.base]
+            yield train(base, self.seed, self.path("base"), **self.chain.options, max_images=self.setting.digits)
+
+    def generate(self) -> Iterator[list[str]]:
+        if not (self.setting.real or self.setting.S or self.setting.of):
+            yield neon(
+                "generate",
+                **self.shared(),
+                model=self.model(),
+                **self.setting.sampling,
+                **self.setting.synthetic,
+                seeds=self.chain.images.synthetic,
+                batch_size=BATCH,
+                out=self.path("S"),
+            )
+
+    def selftrain(self) -> Iterator[list[str]]:
+        for size in self.setting.parts:
+            yield self.fine_tune(self.path("selftrain", size), max_images=size)
+        if not self.setting.of:
+            yield self.fine_tune(self.path("selftrain"))
+
+    def fine_tune(self, out: str, **options: object) -> list[str]:
+        return neon(
+            "selftrain",
+            **self.shared(),
+            base=self.model(),
+            recipe="digits",
+            **self.setting.training,
+            data=self.data(),
+            **options,
+            seed=self.seed,
+            out=out,
+        )
+
+    def search(self) -> Iterator[list[str]]:
+        points = {"selftrained": self.fine_tunes(), "w": self.setting.w, "grid": self.setting.grid}
+        yield self.measured("search", self.chain.images.search, "train", **points)
+
+    def final(self) -> Iterator[list[str]]:
+        if self.chain.images.final:
+            yield self.measured("final", self.chain.images.final, "heldout", search=self.rows("search"))
+
+    def measured(self, command: str, seeds: str, against: str, **points: object) -> list[str]:
+        """`neon search` or `neon final` at some points; against: the digits to measure against, train or heldout."""
+        return neon(
+            command,
+            **self.shared(),
+            base=self.model(),
+            **points,
+            **self.setting.sampling,
+            seeds=seeds,
+            batch_size=BATCH,
+            ref=f"runs/ref/{against}.npz",
+            features="digits:runs/features.safetensors",
+            metrics=self.chain.metrics,
+            out=self.rows(command),
+        )
+
+    def shared(self) -> Mapping[str, object]:
+        """Options of every command of the chain."""
+        return {"family": BASES[self.chain.base].family, **self.chain.options}
+
+
+STAGES = ("base", "generate", "selftrain", "search", "final")  # the methods of Run that give commands
+
+
+def runs(name: str, chain: Chain) -> list[Run]:
+    """Setting by setting, seed by seed."""
+    return [Run(name, chain, key, setting, seed) for key, setting in chain.settings.items() for seed in chain.seeds]
+
+
+def plan() -> dict[tuple[str, str], list[Job]]:
+    """The jobs of each stage of each chain, such as ("generate", "demo"), and ("base", of BASES)."""
+    jobs = {
+        ("base", name): [Job("", seed, train(base, seed, f"runs/base/{name}/{seed}")) for seed in base.seeds]
+        for name, base in BASES.items()
+    }
+    for name, chain in (CHAINS | ABLATIONS).items():
+        for stage in STAGES:
+            made = [Job(run.name, run.seed, command) for run in runs(name, chain) for command in getattr(run, stage)()]
+            if made:
+                jobs[stage, name] = made
+    return jobs
+
+
+def titles(chains: Mapping[str, Chain]) -> dict[str, str]:
+    """Setting → title, in the order of the chains."""
+    return {name: setting.title for chain in chains.values() for name, setting in chain.settings.items()}
+
+
+def lines(jobs: list[Job]) -> str:
+    """One command a line, as the shell reads it."""
+    return "".join(f"{shlex.join(job.command)}\n" for job in jobs)
+
+
+def write(out: Path) -> None:
+    """The commands as <stage>/<chain>.sh, the titles as <scale>.yaml with one entry, `titles`."""
+    with atomic(out) as folder:
+        for (stage, name), jobs in plan().items():
+            path = folder / stage / f"{name}.sh"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(lines(jobs))
+        for scale, chains in {"mini": CHAINS, "ablations": ABLATIONS}.items():
+            text = yaml.safe_dump({"titles": titles(chains)}, sort_keys=False, allow_unicode=True)
+            (folder / f"{scale}.yaml").write_text(text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    write(parser.parse_args().out)

@@ -1,0 +1,247 @@
+"""The mini scale: every number that its pipeline uses. plan.py makes commands from them; run.py prints or runs these.
+
+Seeds 0… are the reported replicates (each has its own base, S, fine-tune and evaluation noise). Seeds 100… were used to
+choose these values.
+"""
+
+from dataclasses import dataclass, field
+
+Options = dict[str, object]  # of a `neon` command: {"num_steps": 10} is --num_steps 10
+Values = tuple[float, ...]
+
+TRAIN = 1200  # of 1797 digits; numbers are reported against the other 597
+TOKENIZER_STEPS = 1500  # of VAR's tokenizer
+COPIES = "40000-40999"  # seeds of the images that are compared with the training digits
+BATCH = 500  # images made at a time
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model trained from nothing, once for each seed."""
+
+    family: str
+    seeds: range
+    options: Options = field(default_factory=dict)  # more options of `neon train`
+
+
+@dataclass(frozen=True)
+class Images:
+    """Seeds of images, as `--seeds` takes them."""
+
+    synthetic: str = "10000-11999"  # S
+    search: str = "20000-20999"  # choose w, measured against the training digits
+    final: str = "30000-31999"  # reported, measured against the held-out digits; "": nothing is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to make S and to sample: it has its S, its fine-tune, its search over w and its reported images."""
+
+    title: str  # in tables and figures
+    sampling: Options  # of S, of the search and of the reported images
+    synthetic: Options = field(default_factory=dict)  # more of them, of S alone
+    training: Options = field(default_factory=dict)  # changes to the recipe `digits`
+    w: Values  # searched
+    grid: dict[str, Values] = field(default_factory=dict)  # searched together with w
+
+    # What it takes from elsewhere. CHAIN/SETTING names a setting of a chain.
+    real: bool = False  # fine-tuned on the training digits in place of S
+    S: str = ""  # fine-tuned on the S of that CHAIN/SETTING
+    of: str = ""  # S and fine-tune are those of that CHAIN/SETTING
+    parts: tuple[int, ...] = ()  # searched too: fine-tunes on so many images of S
+    snapshot: int = 0  # searched: the fine-tune after so many images; 0: all its snapshots
+    digits: int = 0  # has a base of its own, trained on so many digits; 0: the chain's base
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Base → S → fine-tune → search → reported numbers, for each of some settings and seeds."""
+
+    base: str  # of BASES
+    seeds: range
+    settings: dict[str, Setting]
+    images: Images = Images()
+    metrics: str = "fid,precision,recall"
+    options: Options = field(default_factory=dict)  # more options of every command
+    folder: str = "runs/{kind}/{chain}"  # where its files are; kind: S, selftrain, rows, base
+
+
+BASES = {
+    "edm": Base("edm", range(3)),
+    "edm-more": Base("edm", range(3, 5)),
+    "flow": Base("flow", range(5)),
+    "var": Base("var", range(5), {"vae_ckpt": "runs/vqvae.safetensors"}),
+    "xar": Base("xar", range(5)),
+    "imm": Base("imm", range(5)),
+}
+
+SHORT = {"budget": 12800, "snapshot": 12800}  # a fine-tune of one snapshot
+
+# A family's first setting is its headline.
+EULER10 = Setting(
+    title="EDM, 10 Euler steps (mode seeking)",  # few first-order steps: the theory predicts w* > 0
+    sampling={"solver": "euler", "num_steps": 10, "sigma_max": 20},
+    w=(-1, -0.5, 0, 0.5, 1, 1.5, 2, 3),
+)
+HEUN8 = Setting(
+    title="EDM, 8 Heun steps (not mode seeking)",  # they spread out here: high recall, low precision
+    sampling={"solver": "heun", "num_steps": 8, "sigma_max": 20},
+    training=SHORT,
+    w=(-1, 0, 0.5, 1, 2),
+)
+REAL = Setting(
+    title="EDM, real images in place of S (control)",  # no bias of a sampler to reverse
+    sampling=EULER10.sampling,
+    real=True,
+    training=SHORT,
+    w=(-1, 0, 1),
+)
+HEUN18 = Setting(
+    title="EDM, 18 Heun steps (the paper's sampler)",
+    sampling={"solver": "heun", "num_steps": 18, "sigma_max": 20},
+    training=SHORT,
+    w=(-1, 0, 0.5, 1, 2),
+)
+FM4 = Setting(
+    title="Flow matching, 4 Euler steps (mode seeking)",  # large steps: the theory predicts w* > 0
+    sampling={"solver": "euler", "num_steps": 4},
+    w=(-1, 0, 0.5, 1, 1.5, 2, 3, 4),
+)
+TAU06 = Setting(
+    title="VAR, temperature 0.6 (mode seeking)",  # a low temperature: the theory predicts w* > 0
+    sampling={"temperature": 0.6, "top_k": 0, "top_p": 0},
+    synthetic={"cfg": 0.5},
+    w=(-1, 0, 0.25, 0.5, 0.75, 1, 1.5),
+    grid={"cfg": (0, 0.5, 1, 1.5)},
+)
+CFG2 = Setting(
+    title="xAR, guidance 2 (mode seeking)",  # the theory predicts w* > 0
+    sampling={"flow_steps": 10},
+    synthetic={"cfg": 2},
+    w=(-1, 0, 1, 2, 3),
+    grid={"cfg": (2, 3.5, 5)},
+)
+IMM8 = Setting(
+    title="IMM, 8 steps",
+    sampling={"num_steps": 8},
+    synthetic={"cfg_scale": 1.5},
+    snapshot=12800,
+    w=(-1, 0, 1, 2, 3),
+    grid={"cfg_scale": (1.25, 1.5, 1.75, 2, 2.5)},
+)
+IMM4 = Setting(
+    title="IMM, 4 steps",
+    sampling={"num_steps": 4},
+    of="imm/imm8",
+    snapshot=12800,
+    w=(-1, 0, 1, 2, 3),
+    grid={"cfg_scale": (1.25, 1.5, 1.75, 2, 2.5)},
+)
+IMM2 = Setting(
+    title="IMM, 2 steps",
+    sampling={"num_steps": 2},
+    of="imm/imm8",
+    snapshot=12800,
+    w=(-1, 0, 1, 2),
+    grid={"cfg_scale": (1.25, 1.5, 1.75, 2)},
+)
+IMM1 = Setting(
+    title="IMM, 1 step",
+    sampling={"num_steps": 1},
+    of="imm/imm8",
+    snapshot=12800,
+    w=(-1, 0, 1, 2),
+    grid={"cfg_scale": (1.25, 1.5, 1.75, 2)},
+)
+SIZES = Setting(
+    title="IMM, 4 steps, γ = 1.75",  # FID against B for several |S|: parts of the S of imm8, and the whole
+    sampling={"num_steps": 4, "cfg_scale": 1.75},
+    of="imm/imm8",
+    parts=(100, 500),
+    w=(0, 1, 2, 4),
+)
+
+# `make mini`; tables and figures show the settings in this order. The demo is the first chain alone.
+CHAINS = {
+    "demo": Chain(base="edm", seeds=range(3), settings={"euler10": EULER10, "heun8": HEUN8, "real": REAL}),
+    "more": Chain(base="edm-more", seeds=range(3, 5), settings={"euler10": EULER10, "real": REAL, "heun18": HEUN18}),
+    "paper": Chain(base="edm", seeds=range(3), settings={"heun18": HEUN18}),
+    "flow": Chain(base="flow", seeds=range(5), settings={"fm4": FM4}),
+    "var": Chain(base="var", seeds=range(5), settings={"tau06": TAU06}),
+    "xar": Chain(
+        base="xar",
+        seeds=range(5),
+        settings={"cfg2": CFG2},
+        images=Images("10000-10999", "20000-20499", "30000-30999"),
+    ),
+    "imm": Chain(base="imm", seeds=range(5), settings={"imm8": IMM8, "imm4": IMM4, "imm2": IMM2, "imm1": IMM1}),
+    "sizes": Chain(
+        base="imm",
+        seeds=range(3),
+        settings={"sizes": SIZES},
+        images=Images("", "20000-20499", ""),
+        metrics="fid",
+        folder="runs/{chain}/{kind}",
+    ),
+}
+
+
+def own_digits(n: int) -> Setting:
+    """EDM with a base that saw n of the digits only."""
+    return Setting(
+        title=f"base trained on {n} digits",
+        sampling=EULER10.sampling,
+        training=SHORT,
+        digits=n,
+        w=(-1, 0, 0.5, 1, 1.5, 2, 3),
+    )
+
+
+def foreign(family: str, S: str) -> Setting:
+    """EDM fine-tuned on the S of another family."""
+    return Setting(
+        title=f"S from {family}", sampling=EULER10.sampling, training=SHORT, S=S, w=(-1, 0, 0.5, 1, 1.5, 2, 3)
+    )
+
+
+def guided(cfg: float) -> Setting:
+    """VAR whose S is made with that guidance, searched over w and its own guidance."""
+    return Setting(
+        title=f"S at γ = {cfg}",
+        sampling=TAU06.sampling,
+        synthetic={"cfg": cfg},
+        w=(0, 0.25, 0.5, 0.75, 1),
+        grid={"cfg": (0, 0.5, 1, 1.5)},
+    )
+
+
+ABLATION = "runs/ablations/{chain}/{kind}"
+
+# `make mini-ablations`, from what `make mini` trained.
+ABLATIONS = {
+    "cross": Chain(  # Fig. 8
+        base="edm",
+        seeds=range(3),
+        settings={
+            "own": foreign("EDM itself", "demo/euler10"),
+            "flow": foreign("flow matching", "flow/fm4"),
+            "imm": foreign("IMM", "imm/imm8"),
+            "var": foreign("VAR", "var/tau06"),
+            "xar": foreign("xAR", "xar/cfg2"),
+        },
+        folder=ABLATION,
+    ),
+    "part": Chain(  # Fig. 9
+        base="edm",
+        seeds=range(3),
+        settings={str(n): own_digits(n) for n in (150, 300, 600, 1200)},
+        folder=ABLATION,
+    ),
+    "guidance": Chain(  # Fig. 10
+        base="var",
+        seeds=range(3),
+        settings={str(cfg): guided(cfg) for cfg in (0, 0.5, 1, 2)},
+        options={"vae_ckpt": "runs/vqvae.safetensors"},
+        folder=ABLATION,
+    ),
+}
