@@ -4,7 +4,6 @@ import argparse
 import os
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -12,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 
 from neon import NeonError
 from neon.data import ImageSet
-from neon.files import atomic, sha256
+from neon.files import sha256
 from neon.measure.features import Extractor, Features
+from neon.weights.checkpoint import save_safetensors
 
 
 class DigitsCNN(nn.Module):
@@ -74,9 +74,7 @@ def train_digits_cnn(
 def save_digits_cnn(model: DigitsCNN, path: str | os.PathLike) -> None:
     """Write what `digits` reads, whole or not at all."""
     metadata = {"format": "pt", "model": "DigitsCNN", "dim": str(model.head.in_features)}
-    data = safetensors.torch.save({key: x.contiguous() for key, x in model.state_dict().items()}, metadata)
-    with atomic(path) as partial:
-        partial.write_bytes(data)
+    save_safetensors(path, model.state_dict(), metadata)  # equal weights are equal files, whose digest names them
 
 
 def digits(path: str | os.PathLike | None, device: torch.device | str = "cpu") -> Extractor:
@@ -109,6 +107,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and heldout/")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # sums in one order
     train, heldout = (ImageSet(args.data / name) for name in ("train", "heldout"))
     rgb = {s: s.images(range(len(s))).expand(-1, 3, -1, -1) for s in (train, heldout)}
     model = train_digits_cnn(rgb[train], train.labels)
