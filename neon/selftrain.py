@@ -198,7 +198,7 @@ def _write_snapshot(out: Path, images: int, network: torch.nn.Module, ema, metad
 
 
 def _identity(recipe: Recipe, seed: int, world: World, n: int, origin) -> dict:
-    identity = vars(recipe) | {"seed": seed, "device": world.device.type, "data_images": n} | dict(origin or {})
+    identity = vars(recipe) | {"seed": seed, "data_images": n} | world.identity() | dict(origin or {})
     return json.loads(json.dumps(identity, default=dict))
 
 

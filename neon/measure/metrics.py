@@ -2,7 +2,8 @@
 
 All statistics are float64 and streaming, on the device of the features: a batch is added as soon as it
 is sampled, ranks are combined at the end, images are never stored. Definitions and numbers are those of
-torch-fidelity 0.4.0 (the random subsets and permutations included).
+torch-fidelity 0.4.0, the random subsets and permutations included. One default differs: precision and recall look at
+k = 5 neighbours, as the paper does; torch-fidelity's default is 3.
 """
 
 import math
