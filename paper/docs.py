@@ -1,4 +1,4 @@
-"""Write the table of presets into docs/FAMILY.md, between its two markers: `python -m paper.docs`."""
+"""Write the tables of presets into docs/FAMILY.md and the README, between their markers: `python -m paper.docs`."""
 
 import re
 from collections.abc import Mapping
@@ -8,6 +8,8 @@ from neon.family import FAMILIES, Family, Preset, Recipe, get_family
 from neon.files import atomic
 
 ROOT = Path(__file__).parent.parent
+RELEASED = "https://huggingface.co/sinaalemohammad/Neon/resolve/main"
+DATA = {"cifar10": "CIFAR-10", "ffhq64": "FFHQ-64", "imagenet256": "ImageNet-256", "imagenet512": "ImageNet-512"}
 BEGIN, END = "<!-- presets:begin -->\n", "<!-- presets:end -->"
 
 
@@ -53,6 +55,24 @@ def column(family: Family, name: str, row: Preset) -> dict[str, str]:
     }
 
 
+def released() -> str:
+    """Markdown: one line per released checkpoint, and per model of the paper without one."""
+    lines = [
+        "| preset | data set | released checkpoint | FID of base → Neon in the paper | more |",
+        "|---|---|---|---|---|",
+    ]
+    for family in map(get_family, FAMILIES):
+        for name, row in family.presets.items():
+            if row.trained_as and not row.released:
+                continue  # the checkpoint of another row, sampled in fewer steps
+            file = Path(row.released).name
+            link = f"[{file}]({RELEASED}/{file})" if row.released else "none"
+            fid = " → ".join(f"{value:.2f}" for value in row.fid)
+            more = f"[docs/{family.name}.md](docs/{family.name}.md)"
+            lines.append(f"| `{name}` | {DATA[row.reference]} | {link} | {fid} | {more} |")
+    return "\n".join(lines) + "\n"
+
+
 def table(family: Family) -> str:
     """Markdown: one column per preset; rows that say nothing are left out."""
     columns = [column(family, name, row) for name, row in family.presets.items()]
@@ -62,17 +82,23 @@ def table(family: Family) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def filled(text: str, family: Family) -> str:
-    """The document with the family's table between the markers; unchanged where there are none."""
-    return re.sub(f"({BEGIN}).*?({END})", lambda m: m[1] + table(family) + m[2], text, flags=re.DOTALL)
+def filled(text: str, table: str) -> str:
+    """The document with the table between the markers; unchanged where there are none."""
+    return re.sub(f"({BEGIN}).*?({END})", lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
 
 
-def fill(path: Path, family: Family) -> None:
-    text = filled(path.read_text(), family)
+def documents() -> dict[Path, str]:
+    """Each document with markers → its table."""
+    of_families = {ROOT / "docs" / f"{name}.md": table(get_family(name)) for name in FAMILIES}
+    return {ROOT / "README.md": released()} | of_families
+
+
+def fill(path: Path, table: str) -> None:
+    text = filled(path.read_text(), table)
     with atomic(path) as partial:
         partial.write_text(text)
 
 
 if __name__ == "__main__":
-    for name in FAMILIES:
-        fill(ROOT / "docs" / f"{name}.md", get_family(name))
+    for path, text in documents().items():
+        fill(path, text)
