@@ -6,8 +6,16 @@ from collections.abc import Callable
 
 import torch
 
-from neon.cli.options import add_inference, add_metrics, count, loading, natural, precision_of, sampling_options
-from neon.distributed import world
+from neon.cli.options import (
+    add_inference,
+    add_metrics,
+    count,
+    loading,
+    natural,
+    precision_of,
+    processes,
+    sampling_options,
+)
 from neon.fetch import local
 from neon.files import write_json
 from neon.measure.candidates import Candidates, Point
@@ -53,7 +61,7 @@ def calculate_fid(
     not the one that was asked for. class_idx: of all images. options: of family.load.
     """
     started = time.monotonic()
-    with world(args.device, family.released_tf32 if args.tf32 is None else args.tf32) as here:
+    with processes(args, family) as here:
         reference = load_reference(local(ref, "fid_stats"))
         extractor = load_extractor(args.features, here.device)
         metrics = parse_metrics(args.metrics, extractor, reference)

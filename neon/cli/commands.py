@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from neon import NeonError
-from neon.cli.options import loading, precision_of, sampling_options
+from neon.cli.options import loading, precision_of, processes, sampling_options
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
 from neon.family import get_family, named
@@ -118,7 +118,7 @@ def run_train(args) -> None:
 
 def run_generate(args) -> None:
     family, seeds = get_family(args.family), parse_seeds(args.seeds)
-    with _here(args, family) as here:
+    with processes(args, family) as here:
         candidates, options = _candidates(args, args.model, family, here), sampling_options(args, family)
         model = candidates.load(None, 0.0)
         generate(
@@ -131,11 +131,6 @@ def run_generate(args) -> None:
             world=here,
             replace=args.replace,
         )
-
-
-def _here(args, family):
-    """The processes of a command that samples, with TensorFloat-32 as asked for or as the family was released."""
-    return world(args.device, family.released_tf32 if args.tf32 is None else args.tf32)
 
 
 def _candidates(args, base, family, here):
@@ -158,7 +153,7 @@ def _evaluation(args, here):
 
 def run_evaluate(args) -> None:
     family = get_family(args.family)
-    with _here(args, family) as here:
+    with processes(args, family) as here:
         evaluation = _evaluation(args, here)
         candidates = _candidates(args, args.base, family, here)
         point = Point(args.selftrained and str(args.selftrained), args.w)
@@ -175,7 +170,7 @@ def run_search(args) -> None:
     family = get_family(args.family)
     grids = dict(_grid_option(text, family) for text in args.grid)
     trained = [existing(path) for folder in args.selftrained for path in snapshots(folder)]
-    with _here(args, family) as here:
+    with processes(args, family) as here:
         evaluation = _evaluation(args, here)
         rows = _rows(args, here)
         score = scorer(_candidates(args, args.base, family, here), evaluation, sampling_options(args, family), rows)
@@ -215,7 +210,7 @@ def run_final(args) -> None:
     if searched[0]["base_sha256"] != digest(existing(args.base)):
         raise NeonError(f"{args.search} started from another base, {searched[0]['base']}")
     points = final_points(searched, [field.name for field in dataclasses.fields(family.Sampling)])
-    with _here(args, family) as here:
+    with processes(args, family) as here:
         evaluation, options = _evaluation(args, here), sampling_options(args, family)
         candidates = _candidates(args, args.base, family, here)
         now = sampled_by(candidates, here, options) | {"features": evaluation.extractor.name}

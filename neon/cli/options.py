@@ -153,6 +153,13 @@ def precision(text: str) -> str:
     return text
 
 
+def processes(args, family):
+    """neon.distributed.world for sampling: TensorFloat-32 as asked for, else as the family was released."""
+    from neon.distributed import world  # here, for it loads torch
+
+    return world(args.device, family.released_tf32 if args.tf32 is None else args.tf32)
+
+
 def precision_of(args, family, here) -> str:
     """In which a command computes: as asked for, else as the family was released on a GPU, else float32."""
     return args.precision or (family.released_precision if here.device.type == "cuda" else "float32")

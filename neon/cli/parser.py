@@ -44,12 +44,16 @@ def _choices(argv: Sequence[str]):
 
 
 def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Neon: negative extrapolation from self-training.")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Neon, negative extrapolation from self-training: θ_neon = θ_r − w (θ_s − θ_r), w > 0.",
+        epilog="From a base to its Neon: generate (S) → selftrain (θ_s) → search (w) → final (new images) → merge.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name, run, help):
-        sub = commands.add_parser(name, help=help, description=help)
+    def command(name, run, help, more=""):
+        sub = commands.add_parser(name, help=help, description=help + more)
         sub.set_defaults(run=run)
         return sub
 
@@ -68,7 +72,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     )
     p.add_argument("--selftrained", type=checkpoint, required=True, help="checkpoint of θ_s, any of the formats")
     p.add_argument("-w", type=float, required=True, help="strength; 0 is the base, −1 the self-trained model")
-    p.add_argument("--out", required=True)
+    p.add_argument("--out", required=True, help="in the base's format; of a .pkl: .safetensors")
     p.add_argument(
         "--key",
         help="where the state dict is in a nested base, such as trainer.var_wo_ddp (default: its EMA, if there is one)",
@@ -77,17 +81,21 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument("--family", help="take what the family knows to be buffers from the base")
     p.add_argument("--buffers", metavar="REGEX", help="take tensors from the base if REGEX is found in their names")
 
-    p = command("train", "run_train", "train a base from nothing")
+    p = command("train", "run_train", "train a base from scratch")
     p.add_argument("--network", required=True, help="named network configuration of the family")
     add_training(p, family)
 
     p = command("selftrain", "run_train", "fine-tune a base briefly on its own samples: θ_r → θ_s")
-    p.add_argument("--base", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
+    p.add_argument(
+        "--base", type=checkpoint, required=True, help="θ_r: a checkpoint, or a training folder for its last snapshot"
+    )
     add_training(p, family)
     add_preset(p, chosen("selftrain"))
 
     p = command("generate", "run_generate", "write the synthetic set S: one PNG per seed and dataset.json")
-    p.add_argument("--model", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
+    p.add_argument(
+        "--model", type=checkpoint, required=True, help="θ_r: a checkpoint, or a training folder for its last snapshot"
+    )
     p.add_argument("--out", required=True, help="folder; an interrupted run resumes")
     add_replace(p)
     add_sampling(p, family)
@@ -96,16 +104,24 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p = command("evaluate", "run_evaluate", "FID and other metrics of a model, or of a merge made in memory")
     p.add_argument("--model", "--base", dest="base", type=checkpoint, required=True, help="θ_r, or any model")
     p.add_argument("--selftrained", type=checkpoint, help="θ_s; with -w")
-    p.add_argument("-w", type=float, default=0.0)
+    p.add_argument("-w", type=float, default=0.0, help="strength; 0 is the base, −1 the self-trained model")
     p.add_argument("--out", help="JSON file for the row of results")
     add_sampling(p, family)
     add_evaluation(p)
     add_preset(p, chosen("evaluate"))
 
-    p = command("search", "run_search", "evaluate a grid of w, snapshots and sampling options")
-    p.add_argument("--base", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
+    p = command(
+        "search",
+        "run_search",
+        "evaluate a grid of w, snapshots and sampling options",
+        ". Each point is a merge θ_r − w (θ_s − θ_r) made in memory, sampled from the same seeds and measured: one row"
+        " of --out. An interrupted search resumes. Best is the lowest FID over w >= 0; `neon final` measures it again.",
+    )
     p.add_argument(
-        "--selftrained", nargs="+", required=True, help="snapshots of θ_s, or training folders for all in them"
+        "--base", type=checkpoint, required=True, help="θ_r: a checkpoint, or a training folder for its last snapshot"
+    )
+    p.add_argument(
+        "--selftrained", nargs="+", required=True, help="θ_s: snapshots, or training folders for all snapshots in them"
     )
     p.add_argument("-w", default="0:3:0.25", help="grid: 0:3:0.25 or --w=-1,0,0.5 (default %(default)s)")
     p.add_argument("--w", dest="w", help=argparse.SUPPRESS)
@@ -117,8 +133,10 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_evaluation(p)
     add_preset(p, chosen("search"))
 
-    p = command("final", "run_final", "evaluate base, self-trained model and the best point of a search on fresh seeds")
-    p.add_argument("--base", type=checkpoint, required=True, help="checkpoint, or training folder for its last")
+    p = command("final", "run_final", "evaluate base, self-trained model and the best point of a search on new seeds")
+    p.add_argument(
+        "--base", type=checkpoint, required=True, help="θ_r: a checkpoint, or a training folder for its last snapshot"
+    )
     p.add_argument("--search", required=True, help="what `neon search` wrote")
     p.add_argument("--out", required=True, help="JSON-lines file")
     add_replace(p)
