@@ -183,3 +183,20 @@ def test_two_state_dicts_of_different_kinds_are_not_merged_in_memory(tmp_path):
     candidates = Candidates(family, tmp_path / "base.pt", "cpu")
     with pytest.raises(NeonError, match=r"model_ema.*model.*neon convert"):
         candidates.load(tmp_path / "trained.pt", 1.0)
+
+
+@pytest.mark.parametrize("name", ["edm", "flow", "var", "xar", "imm"])
+def test_precision_of_a_command(name, capsys):
+    """As given; otherwise what the released code evaluates in on a GPU, which is printed, and float32 on a CPU."""
+    from neon.cli.options import precision_of
+    from neon.family import get_family
+
+    family = get_family(name)
+    gpu, cpu = (World(device=torch.device(kind), tf32=kind == "cuda") for kind in ("cuda", "cpu"))
+    given, default = SimpleNamespace(precision="bfloat16"), SimpleNamespace(precision=None)
+    assert precision_of(given, family, gpu) == precision_of(given, family, cpu) == "bfloat16"
+    assert precision_of(default, family, cpu) == "float32" and capsys.readouterr().out == ""
+    released = {"edm": "float32", "flow": "float32", "var": "float16", "xar": "float16", "imm": "float32+float16"}
+    assert precision_of(default, family, gpu) == released[name]
+    assert capsys.readouterr().out.startswith(f"precision: {released[name]} with TensorFloat-32")
+    assert family.released_tf32 == (name == "imm")

@@ -113,7 +113,7 @@ def run_train(args) -> None:
         options = {name: getattr(args, name) for name in ("micro_batch", "save_every", "replace")} | {"origin": origin}
         written = train(family, model, data, recipe, args.out, world=here, seed=args.seed, **options)
         if here.rank == 0:
-            print(f"{len(written)} snapshots in {args.out}, the last is {written[-1].name}")
+            print(f"{len(written)} snapshots in {args.out}, the last is {written[-1].name} ({recipe.precision})")
 
 
 def run_generate(args) -> None:

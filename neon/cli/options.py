@@ -161,8 +161,13 @@ def processes(args, family):
 
 
 def precision_of(args, family, here) -> str:
-    """In which a command computes: as asked for, else as the family was released on a GPU, else float32."""
-    return args.precision or (family.released_precision if here.device.type == "cuda" else "float32")
+    """As asked for; by default float32 on a CPU, and on a GPU as the family was released, which is printed."""
+    if args.precision or here.device.type == "cpu":
+        return args.precision or "float32"
+    if here.rank == 0:
+        exact = "with TensorFloat-32" if here.tf32 else "without TensorFloat-32"
+        print(f"precision: {family.released_precision} {exact}, as in the released evaluation", flush=True)
+    return family.released_precision
 
 
 def natural(text: str) -> int:
