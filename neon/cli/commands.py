@@ -241,7 +241,7 @@ def run_grid(args) -> None:
         raise NeonError(f"{args.final}: not what `neon final` wrote")
     if others := {row["family"] for row in rows} - {family.name}:
         raise NeonError(f"{args.final}: rows of {', '.join(others)}, not of {family.name}")
-    with world(args.device) as here:
+    with world(args.device, any(row["tf32"] for row in rows)) as here:
         options = {"device": here.device, **loading(args, family)}
         drawn = {row["role"]: images_of(row, seeds, args.batch_size, **options) for row in rows}
         if here.rank == 0:
