@@ -47,7 +47,7 @@ def column(family: Family, name: str, row: Preset) -> dict[str, str]:
         "batch, lr": f"{recipe.batch}, {recipe.lr:g}".replace("e-0", "e-"),
         "budget, snapshot every": f"{images(recipe.budget)}, {images(recipe.snapshot)} images",
         "lr rises over": f"{images(recipe.ramp)} images" if recipe.ramp else "–",
-        "average": average(recipe),
+        "EMA": average(recipe),
         "further options": options({**recipe.network, **recipe.loss}) or "–",
         "searched": f"w {row.w}" + (f"; {row.grid.replace('=', ' ')}" if row.grid else ""),
         "evaluated with": options(row.sampling),
