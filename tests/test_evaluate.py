@@ -12,13 +12,13 @@ import edm.family
 from mini.features import DigitsCNN, save_digits_cnn
 from neon import NeonError
 from neon.data import ImageSet
+from neon.final import final_points
 from neon.measure import metrics
 from neon.measure.candidates import Point
 from neon.measure.evaluate import Evaluation
 from neon.measure.features import Extractor, load_extractor
 from neon.measure.metrics import Moments, load_reference
 from neon.measure.rows import budget_of
-from neon.search import final_points
 from neon.weights.checkpoint import load_weights
 
 ALL = "fid,is,kid,precision,recall"
@@ -279,6 +279,9 @@ def test_neon_is_the_best_positive_w_or_the_base():
     points = final_points([*found, point_row(0.5, 2.9, "u", 2.0)], ["cfg"])
     assert points["neon"] == Point("u", 0.5, (("cfg", 2.0),))
     assert points["selftrained"] == Point("u", -1.0, (("cfg", 2.0),))
+    alone = [point_row(-1.0, 8.0, "u", 2.0), point_row(-1.0, 7.0, "u")]  # the self-trained model at its own best, too
+    points = final_points([*found, point_row(0.5, 2.9, "u", 2.0), *alone], ["cfg"])
+    assert points["selftrained"] == Point("u", -1.0, (("cfg", 1.0),))
     points = final_points([*found, point_row(1.0, 3.0, "u")], ["cfg"])  # as good as the base is not better
     assert points["neon"].w == 0
     points = final_points([row for row in found if row["w"] <= 0], ["cfg"])

@@ -302,6 +302,7 @@ CODE = {
     "imm/latents.py": at("base generate selftrain search final", "imm") | {"sizes"},
     "VAR/configs.py": at("base selftrain", "var") | {"tokenizer", "guidance-selftrain"},
     "neon/merge.py": at("search final", *CHAINS.keys() - {"sizes"}) | at("rows", *ABLATIONS) | {"sizes"},
+    "neon/final.py": at("final", *CHAINS.keys() - {"sizes"}) | at("rows", *ABLATIONS),
     "mini/run.py": set(),
     "neon/cli/commands.py": set(),
 }

@@ -16,6 +16,7 @@ from neon.distributed import world
 from neon.family import get_family, named
 from neon.fetch import GROUPS, TABLE, choose, fetch_row, pinned, read_table
 from neon.files import atomic, existing, sha256, write_json
+from neon.final import check_sampled_alike, final_points
 from neon.generate import generate
 from neon.measure.candidates import Candidates, Point
 from neon.measure.evaluate import Evaluation, parse_metrics, reference_of, title
@@ -24,7 +25,7 @@ from neon.measure.metrics import load_reference, save_reference
 from neon.measure.rows import Rows, digest, images_of, images_of_seeds, key_of, measure, sampled_by, scorer
 from neon.merge import merge
 from neon.sampling import parse_seeds
-from neon.search import check_sampled_alike, final_points, grid, parse_grid
+from neon.search import grid, parse_grid
 from neon.selftrain import snapshots, train
 from neon.weights.checkpoint import check_same_key, open_weights, write_safetensors, write_weights
 from neon.weights.summary import MergeSummary, buffer_rules
