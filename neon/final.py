@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from neon import NeonError
 from neon.measure.candidates import Point
 
-# Facts of rows whose FIDs can be compared.
-ALIKE = "family base_sha256 vae_sha256 class_idx dtype device tf32 seeds features reference".split()
+# Facts of rows whose FIDs can be compared: how images were sampled, and how they were measured.
+ALIKE = ("family", "base_sha256", "vae_sha256", "class_idx", "dtype", "device", "tf32")
+ALIKE += ("seeds", "features", "reference")
 
 
 def final_points(searched: Sequence[Mapping], options: Sequence[str]) -> dict[str, Point]:
