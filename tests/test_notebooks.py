@@ -11,11 +11,15 @@ from processes import ROOT
 READERS = ["w_curves", "landscape", "budget", "samples", "ablations", "table_a1"]
 
 
-def execute(name, results, out):
+def execute(name, results, out, **parameters):
     """The executed notebook's outputs, as one text, and how many figures it shows."""
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = papermill.execute_notebook(
-        ROOT / f"notebooks/{name}.ipynb", out, {"results": str(results)}, progress_bar=False, cwd=ROOT / "notebooks"
+        ROOT / f"notebooks/{name}.ipynb",
+        out,
+        {"results": str(results)} | {key: str(value) for key, value in parameters.items()},
+        progress_bar=False,
+        cwd=ROOT / "notebooks",
     )
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return str(outputs), sum("image/png" in output.get("data", {}) for output in outputs)
@@ -39,6 +43,13 @@ def test_results_of_the_mini_scale(name, tmp_path):
 def test_the_papers_table(tmp_path):
     text, _ = execute("table_a1", ROOT / "results/paper", tmp_path / "out.ipynb")
     assert "not measured" in text and "1.02" in text
+
+
+def test_the_quickstart_merges_samples_and_measures(mini, tmp_path):
+    made = {"base": mini.base.parent, "selftrained": mini.snapshots[0].parent}
+    measured = {"features": mini.features[1], "reference": mini.ref}
+    text, figures = execute("quickstart", tmp_path, tmp_path / "out.ipynb", **made, **measured)
+    assert figures == 1 and (tmp_path / "samples.png").exists() and "Neon (w = 2)" in text and "recall" in text
 
 
 def test_sources_are_committed_without_outputs():
