@@ -11,6 +11,7 @@ from processes import error_of, neon, torchrun
 
 import edm.family
 import flow.family
+from edm import calculate_fid
 from neon import Diverged, NeonError
 from neon.distributed import World
 from neon.measure.candidates import Candidates, Point
@@ -65,11 +66,13 @@ def test_a_copy_of_a_checkpoint_is_the_same_checkpoint(mini, candidates, tmp_pat
     assert facts(other, evaluation(mini), SAMPLING, Point()) == facts(candidates, evaluation(mini), SAMPLING, Point())
 
 
-def test_class_device_and_tf32_are_in_the_row(mini, tmp_path):
-    script = ["edm/calculate_fid.py", "--network_pkl", mini.base, "--ref", mini.ref, *mini.features, "--num_steps", 2]
+def test_class_device_and_tf32_are_in_the_row(mini, tmp_path, monkeypatch):
+    script = ["calculate_fid.py", "--network_pkl", mini.base, "--ref", mini.ref, *mini.features, "--num_steps", 2]
     rows = []
     for out, more in (("all.json", []), ("three.json", ["--class", 3])):
-        torchrun(1, *script, "--seeds", "0-15", "--metrics", "fid", "--out", tmp_path / out, *more)
+        words = [*script, "--seeds", "0-15", "--metrics", "fid", "--out", tmp_path / out, *more]
+        monkeypatch.setattr("sys.argv", [str(word) for word in words])
+        calculate_fid.main()
         rows.append(json.loads((tmp_path / out).read_text()))
     assert [row["class_idx"] for row in rows] == [None, 3] and rows[0]["fid"] != rows[1]["fid"]
     assert all((row["device"], row["tf32"], row["dtype"]) == ("cpu", False, "float32") for row in rows)

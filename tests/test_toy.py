@@ -130,6 +130,7 @@ def test_cosine():
     assert_close(toy.cosine(c, d, skewed), torch.full((2,), 5 / 13, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     """In small; what it writes is what the pipeline's stage promises."""
     few = {"seeds": 2, "ar_seeds": 4, "epochs": 20, "fine_tunes": [2, 4], "gradient_samples": 100}

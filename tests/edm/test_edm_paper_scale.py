@@ -82,6 +82,7 @@ def test_the_readme_has_the_three_commands():
     assert [sum(f"{name}.pkl" in command for command in COMMANDS) for name in NAMES.values()] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_cifar10_cond_same_fid_for_one_and_two_processes_and_batch_sizes(checkout):
     (command,) = (c for c in COMMANDS if NAMES["cond"] in c)
     one = fid(command, checkout, 1, "0-4", 5)

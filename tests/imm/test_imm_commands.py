@@ -54,6 +54,7 @@ def fid(command: str, cwd: Path, processes: int, n: int, batch: int, features: s
     return float(line.split()[1])
 
 
+@pytest.mark.slow
 def test_the_readmes_command_on_a_pickle_and_a_vae(checkout):
     assert fid(COMMAND, checkout, 1, 3, 2) > 0
 
@@ -97,6 +98,7 @@ def test_scripts_shadow_nothing():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_recipe_from_end_to_end(checkout, monkeypatch):
     """Every script of the folder, in the order of the recipe."""
     monkeypatch.chdir(checkout)

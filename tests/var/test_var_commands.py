@@ -59,7 +59,7 @@ def test_the_readme_has_both_commands():
     assert sorted(COMMANDS) == [256, 512]
 
 
-@pytest.mark.parametrize("side", [256, 512])
+@pytest.mark.parametrize("side", [256, pytest.param(512, marks=pytest.mark.slow)])
 def test_same_fid_for_one_and_two_processes_and_batch_sizes(checkout, side):
     command = tiny_version(COMMANDS[side], side)
     one, two = released_fid(command, checkout, 1, 50, 50, SMALL), released_fid(command, checkout, 2, 50, 7, SMALL)
@@ -116,6 +116,7 @@ def test_scripts_shadow_nothing():
         assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_recipe_from_end_to_end(checkout):
     """Every script of a folder, in the order of the recipe."""
     base, ref = "checkpoints/tiny.pth", "small.npz"
