@@ -25,6 +25,18 @@ def add_family(p: argparse.ArgumentParser, family) -> None:
         p.epilog = f"families: {names}. `%(prog)s --family NAME --help` also shows the options of that family."
 
 
+def add_model(p: argparse.ArgumentParser, name: str) -> None:
+    """The option that names θ_r."""
+    text = "θ_r: a checkpoint, or a training folder for its last snapshot"
+    p.add_argument(name, type=checkpoint, required=True, help=text)
+
+
+def add_file(p: argparse.ArgumentParser) -> None:
+    """A checkpoint of any format to read."""
+    p.add_argument("file", type=checkpoint)
+    p.add_argument("--key", help="where the state dict is in a nested file (default: its EMA, if there is one)")
+
+
 def add_preset(p: argparse.ArgumentParser, chosen: Mapping[str, str | list[str]]) -> None:
     """The option that names a model of the paper. chosen: what it chooses, defaults for options that p has already."""
     p.add_argument("--preset", help="model of the paper, such as xar_l: it chooses the options that are not given")

@@ -9,6 +9,8 @@ from neon.cli.options import (
     add_evaluation,
     add_family,
     add_fields,
+    add_file,
+    add_model,
     add_preset,
     add_replace,
     add_sampling,
@@ -86,16 +88,12 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_training(p, family)
 
     p = command("selftrain", "run_train", "fine-tune a base briefly on its own samples: θ_r → θ_s")
-    p.add_argument(
-        "--base", type=checkpoint, required=True, help="θ_r: a checkpoint, or a training folder for its last snapshot"
-    )
+    add_model(p, "--base")
     add_training(p, family)
     add_preset(p, chosen("selftrain"))
 
     p = command("generate", "run_generate", "write the synthetic set S: one PNG per seed and dataset.json")
-    p.add_argument(
-        "--model", type=checkpoint, required=True, help="θ_r: a checkpoint, or a training folder for its last snapshot"
-    )
+    add_model(p, "--model")
     p.add_argument("--out", required=True, help="folder; an interrupted run resumes")
     add_replace(p)
     add_sampling(p, family)
@@ -117,9 +115,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
         ". Each point is a merge θ_r − w (θ_s − θ_r) made in memory, sampled from the same seeds and measured: one row"
         " of --out. An interrupted search resumes. Best is the lowest FID over w >= 0; `neon final` measures it again.",
     )
-    p.add_argument(
-        "--base", type=checkpoint, required=True, help="θ_r: a checkpoint, or a training folder for its last snapshot"
-    )
+    add_model(p, "--base")
     p.add_argument(
         "--selftrained", nargs="+", required=True, help="θ_s: snapshots, or training folders for all snapshots in them"
     )
@@ -134,9 +130,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_preset(p, chosen("search"))
 
     p = command("final", "run_final", "evaluate base, self-trained model and the best point of a search on new seeds")
-    p.add_argument(
-        "--base", type=checkpoint, required=True, help="θ_r: a checkpoint, or a training folder for its last snapshot"
-    )
+    add_model(p, "--base")
     p.add_argument("--search", required=True, help="what `neon search` wrote")
     p.add_argument("--out", required=True, help="JSON-lines file")
     add_replace(p)
@@ -156,13 +150,11 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
         add_fields(p, family.Loading)
 
     p = command("inspect", "run_inspect", "what a checkpoint holds, without executing anything in it")
-    p.add_argument("file", type=checkpoint)
-    p.add_argument("--key", help="where the state dict is in a nested file (default: its EMA, if there is one)")
+    add_file(p)
 
     p = command("convert", "run_convert", "rewrite a checkpoint of any format as .safetensors")
-    p.add_argument("file", type=checkpoint)
+    add_file(p)
     p.add_argument("out")
-    p.add_argument("--key", help="where the state dict is in a nested file (default: its EMA, if there is one)")
 
     p = command("reference", "run_reference", "statistics of real images, for FID, KID, precision and recall")
     p.add_argument("--images", help="folder, .zip, or .parquet files (a folder of them, or 'train-*.parquet')")
