@@ -1,7 +1,7 @@
 """One process or many under torchrun: the same calls."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -31,6 +31,12 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def map(self, function: Callable, items: Sequence) -> list:
+        """[function(item) for item in items] on every rank; each rank computes its share."""
+        own = [function(item) for item in items[self.rank :: self.size]]
+        parts = self.gather(own)
+        return [parts[i % self.size][i // self.size] for i in range(len(items))]
 
     def average(self, tensors: list[torch.Tensor]) -> None:
         """Replace each tensor by its mean over ranks, in place, in buckets of about 64 MB."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from neon import NeonError
+from neon.cli.found import lines, record, write_csv
 from neon.cli.options import loading, precision_of, processes, sampling_options
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
@@ -21,12 +22,14 @@ from neon.generate import generate
 from neon.measure.candidates import Candidates, Point
 from neon.measure.evaluate import Evaluation, parse_metrics, reference_of, title
 from neon.measure.features import load_extractor
+from neon.measure.kept import folder_of
 from neon.measure.metrics import load_reference, save_reference
-from neon.measure.rows import Rows, digest, images_of, images_of_seeds, key_of, measure, sampled_by, scorer
+from neon.measure.rows import Rows, budget_of, digest, images_of, images_of_seeds, key_of, measure, sampled_by, scorer
 from neon.merge import merge
 from neon.sampling import parse_seeds
-from neon.search import grid, parse_grid
+from neon.search import Bench, by_surface, grid, parse_grid, parse_range
 from neon.selftrain import snapshots, train
+from neon.surface import Node, Space, SurfaceSearch, curve, drifts
 from neon.weights.checkpoint import check_same_key, open_weights, write_safetensors, write_weights
 from neon.weights.summary import MergeSummary, buffer_rules
 
@@ -169,32 +172,91 @@ def run_search(args) -> None:
     if not {"fid", "all"} & set(args.metrics.split(",")):
         raise NeonError("a search goes by FID: let --metrics begin with fid")
     family = get_family(args.family)
-    grids = dict(_grid_option(text, family) for text in args.grid)
-    trained = [existing(path) for folder in args.selftrained for path in snapshots(folder)]
+    trained = [str(existing(path)) for folder in args.selftrained for path in snapshots(folder)]
     with processes(args, family) as here:
         evaluation = _evaluation(args, here)
-        rows = _rows(args, here)
-        score = scorer(_candidates(args, args.base, family, here), evaluation, sampling_options(args, family), rows)
-        seen = {}
-        for point, _ in grid(lambda p: score(p)["fid"], trained, parse_grid(args.w), grids, args.stop):
-            row = score(point)
-            seen[row["key"]] = row
-            if here.rank == 0:
-                print(summary(row, evaluation.metrics), flush=True)
-        if args.replace:
-            rows.keep(seen)
-        finite = [row for row in seen.values() if row["w"] >= 0 and row["fid"] < math.inf]
-        if here.rank == 0 and finite:
-            best = min(finite, key=lambda row: row["fid"])
-            print(f"best: {summary(best, evaluation.metrics)}{'' if best['w'] else '  (the base: no w > 0 is better)'}")
+        candidates, rows = _candidates(args, args.base, family, here), _rows(args, here)
+        search = {"grid": _search_by_grid, "surface": _search_by_surface}[args.method]
+        search(args, candidates, evaluation, rows, trained)
+
+
+def _search_by_grid(args, candidates, evaluation, rows, trained) -> None:
+    here, family = evaluation.world, candidates.family
+    grids = dict(_grid_option(text, family) for text in args.grid)
+    score = scorer(candidates, evaluation, sampling_options(args, family), rows, folder_of(args.out))
+    seen = {}
+    for point, _ in grid(lambda p: score(p)["fid"], trained, parse_grid(args.w), grids, args.stop):
+        row = score(point)
+        seen[row["key"]] = row
+        if here.rank == 0:
+            print(summary(row, evaluation.metrics), flush=True)
+    if args.replace:
+        rows.keep(seen)
+    finite = [row for row in seen.values() if row["w"] >= 0 and row["fid"] < math.inf]
+    if here.rank == 0 and finite:
+        best = min(finite, key=lambda row: row["fid"])
+        print(f"best: {summary(best, evaluation.metrics)}{'' if best['w'] else '  (the base: no w > 0 is better)'}")
+
+
+def _search_by_surface(args, candidates, evaluation, rows, trained) -> None:
+    here, family, options = evaluation.world, candidates.family, sampling_options(args, candidates.family)
+    ranges = dict(_range_option(text, family) for text in args.grid)
+    budgets = {snapshot: budget_of(snapshot) for snapshot in trained}
+    space = Space(parse_range(args.w), drifts(candidates.drift, budgets), budgets, ranges)
+    bench = Bench(candidates, evaluation, options, rows, folder_of(args.out))
+    total = len(evaluation.seeds)
+    first = min(total, args.first or max(total // 2, 2 * evaluation.extractor.dim))
+    known, n = bench.known(space)
+
+    def measured(point: Point, n: int) -> Node:
+        node, row = bench.measure(point, n)
+        if here.rank == 0 and row["key"] not in printed:
+            print(summary(row, evaluation.metrics), flush=True)
+        printed.add(row["key"])
+        return node
+
+    printed: set[str] = set()
+    search, found, n = by_surface(
+        lambda: SurfaceSearch(space, evaluation.reference, here.device, here.map),
+        measured,
+        args.evaluations,
+        (max(first, n), total),
+        known,
+    )
+    rows.keep(bench.finished(search.nodes, n, replace=args.replace))
+    best, table = record(search, found, n, _grid_size(args, space)), curve(search, found.lowest)
+    if here.rank == 0:
+        write_json(Path(args.out).with_suffix(".best.json"), best)
+        write_csv(Path(args.out).with_suffix(".curve.csv"), table)
+        print(*lines(best, list(space.options)), sep="\n")
+
+
+def _grid_size(args, space: Space) -> int:
+    """Evaluations of the grid that the surface is in place of: as it is written, or in usual steps."""
+    sizes = [len(parse_grid(args.w)) if args.w.count(":") != 1 else 13]
+    sizes += [len(parse_grid(text.partition("=")[2])) if text.count(":") != 1 else 10 for text in args.grid]
+    return math.prod(sizes) * len(space.snapshots)
+
+
+def _range_option(text: str, family) -> tuple[str, tuple[float, float, type]]:
+    name, _, values = text.partition("=")
+    field = _sampling_field(text, name, values, family)
+    if field.type not in (int, float):
+        raise NeonError(f"{name} has no numbers in between for a surface; search it with --method grid")
+    low, high = map(field.type, parse_range(values))
+    return name, (low, high, field.type)
+
+
+def _sampling_field(text: str, name: str, values: str, family):
+    fields = {field.name: field for field in dataclasses.fields(family.Sampling) if field.type is not bool}
+    if name not in fields or not values:
+        raise NeonError(f"not a grid over a sampling option: {text!r} (write OPTION=GRID; know {', '.join(fields)})")
+    return fields[name]
 
 
 def _grid_option(text: str, family) -> tuple[str, list]:
     name, _, values = text.partition("=")
-    fields = {field.name: field for field in dataclasses.fields(family.Sampling) if field.type is not bool}
-    if name not in fields or not values:
-        raise NeonError(f"not a grid over a sampling option: {text!r} (write OPTION=GRID; know {', '.join(fields)})")
-    kind = fields[name].type
+    kind = _sampling_field(text, name, values, family).type
     if kind in (int, float):
         numbers = [(v, kind(v)) for v in parse_grid(values)]
         if any(v != exact for v, exact in numbers):

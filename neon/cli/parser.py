@@ -111,18 +111,32 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p = command(
         "search",
         "run_search",
-        "evaluate a grid of w, snapshots and sampling options",
+        "choose w, snapshot and sampling options by a handful of evaluations",
         ". Each point is a merge θ_r − w (θ_s − θ_r) made in memory, sampled from the same seeds and measured: one row"
-        " of --out. An interrupted search resumes. Best is the lowest FID over w >= 0; `neon final` measures it again.",
+        " of --out. The surface predicts FID between the points and measures where it is lowest, until it promises no"
+        " more. An interrupted search resumes; what was measured by one method serves the other. Best is the lowest FID"
+        " over w >= 0; `neon final` measures it again.",
     )
     add_model(p, "--base")
     p.add_argument(
         "--selftrained", nargs="+", required=True, help="θ_s: snapshots, or training folders for all snapshots in them"
     )
-    p.add_argument("-w", default="0:3:0.25", help="grid: 0:3:0.25 or --w=-1,0,0.5 (default %(default)s)")
+    p.add_argument("--method", choices=["surface", "grid"], default="surface", help="(default %(default)s)")
+    p.add_argument(
+        "-w",
+        default="0:3:0.25",
+        help="range 0:3, or a grid 0:3:0.25, --w=-1,0,0.5, whose ends are it (default %(default)s)",
+    )
     p.add_argument("--w", dest="w", help=argparse.SUPPRESS)
     p.add_argument("--grid", action="append", default=[], metavar="OPTION=GRID", help="also over a sampling option")
-    p.add_argument("--stop", type=float, help="end a row when FID exceeds its best by this much (default: never)")
+    surface, rows = p.add_argument_group("surface"), p.add_argument_group("grid")
+    surface.add_argument("--evaluations", type=count, default=12, help="at most so many points (default %(default)s)")
+    surface.add_argument(
+        "--first",
+        type=count,
+        help="images of the first evaluations; all of --seeds where w stays uncertain (default: half of them)",
+    )
+    rows.add_argument("--stop", type=float, help="end a row of w when FID exceeds its best by so much (default: never)")
     p.add_argument("--out", required=True, help="JSON-lines file; what it holds already is not measured again")
     add_replace(p)
     add_sampling(p, family)

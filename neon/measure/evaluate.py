@@ -12,7 +12,8 @@ from neon.data import ImageSet
 from neon.distributed import World
 from neon.files import progress
 from neon.measure import metrics
-from neon.measure.features import Extractor
+from neon.measure.features import Extractor, Features
+from neon.measure.kept import Kept, joined
 from neon.measure.metrics import InceptionScore, Moments, Reference
 from neon.sampling import shard
 
@@ -76,25 +77,37 @@ class Evaluation:
         self,
         sample: Callable[[torch.Tensor], torch.Tensor],
         desc: str = "evaluate",
+        keep: Kept | None = None,
     ) -> dict[str, float]:
         """Metrics of the images that `sample` makes: seeds (b,) → uint8 (b, 1 or 3, H, W).
 
         Every rank gets the same result. 'fid' adds 'fid_se', its sampling error at this n, 'is' adds 'is_std' over its
-        splits, 'kid' adds 'kid_std' over its subsets. Raises Diverged on every rank if it is raised on one.
+        splits, 'kid' adds 'kid_std' over its subsets. keep: images whose features are kept there are not sampled, the
+        features of all are kept. Raises Diverged on every rank if it is raised on one.
         """
         n, extractor, world = len(self.seeds), self.extractor, self.world
+        known = keep.read(self.seeds, world) if keep else None
+        done = len(known.features) if known else 0
         moments = Moments(extractor.dim, extractor.device)
         scores = InceptionScore(n, extractor.classes, extractor.device) if "is" in self.metrics else None
-        kept, failure = [], None
-        with progress(n, "img", desc, world.rank) as bar:
+        seen: list[Features] = []
+
+        def take(found: Features, indices: torch.Tensor) -> None:
+            moments.update(found.features)
+            if scores is not None:
+                scores.update(found.logits, indices)
+            logits = found.logits.cpu() if scores is not None else None
+            seen.append(Features(found.features.cpu(), logits))
+
+        failure = None
+        with progress(n, "img", desc, world.rank, done) as bar:
+            if known and world.rank == 0:
+                take(known, torch.arange(done))
             try:
-                for part in shard(n, world.rank, world.size, self.batch):
-                    images = sample(self.seeds[part])
-                    features, logits = extractor(images.expand(-1, 3, -1, -1))
-                    moments.update(features)
-                    if scores is not None:
-                        scores.update(logits, torch.arange(n)[part])
-                    kept.append(features.cpu())
+                for part in shard(n - done, world.rank, world.size, self.batch):
+                    indices = torch.arange(done, n)[part]
+                    images = sample(self.seeds[indices])
+                    take(extractor(images.expand(-1, 3, -1, -1)), indices)
                     bar.update(len(images) * world.size)
             except Diverged as error:  # the other ranks wait for this one
                 failure = str(error)
@@ -104,17 +117,19 @@ class Evaluation:
             moments.all_reduce(dist.all_reduce)
             if scores is not None:
                 scores.all_reduce(dist.all_reduce)
-        own = torch.cat(kept) if kept else torch.empty(0, extractor.dim)
+        own = joined(seen, extractor.dim)
+        if keep and done < n:
+            keep.write(self.seeds, own, world)
         result = {}
         if "fid" in self.metrics:
             result["fid"] = metrics.frechet_distance(moments.mean, moments.cov, self.reference)
-            influence = metrics.frechet_influence(own, moments.mean, moments.cov, self.reference)
+            influence = metrics.frechet_influence(own.features, moments.mean, moments.cov, self.reference)
             influence = torch.cat(world.gather(influence.cpu()))
             result["fid_se"] = float(influence.std() / n**0.5)
         if scores is not None:
             result["is"], result["is_std"] = scores.score()
         if self.compares_features:
-            generated = torch.cat(world.gather(own)).to(extractor.device)
+            generated = torch.cat(world.gather(own.features)).to(extractor.device)
             real = self.reference.features.to(extractor.device)
             if "kid" in self.metrics:
                 result["kid"], result["kid_std"] = metrics.kid(generated, real, subset_size=min(1000, n, len(real)))

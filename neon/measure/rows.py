@@ -19,6 +19,7 @@ from neon.family import Family, get_family
 from neon.files import atomic, sha256
 from neon.measure.candidates import Candidates, Point
 from neon.measure.evaluate import Evaluation
+from neon.measure.kept import Kept
 from neon.weights.checkpoint import open_weights
 
 
@@ -28,17 +29,22 @@ def measure(
     sampling: Mapping[str, object],
     point: Point,
     class_idx: int | None = None,
+    features: Path | None = None,
 ) -> dict:
     """Merge, sample and measure one point: a row of results.
 
-    class_idx: the class of all images; None: the family's own choice for each. Raises NeonError, Diverged.
+    class_idx: the class of all images; None: the family's own choice for each. features: a folder that keeps the
+    features of the images; those that are in it already are not sampled. Raises NeonError, Diverged.
     """
     started = time.monotonic()
     options = {**sampling, **dict(point.sampling)}
     model = candidates.load(point.selftrained, point.w)
     draw = partial(images_of_seeds, candidates.family, model, class_idx=class_idx, **options)
-    result = evaluation(draw, desc=f"w = {point.w:g}")
     found = provenance(candidates, evaluation, sampling, point, class_idx)
+    keep = kept_of(candidates, evaluation, sampling, point, features, class_idx=class_idx) if features else None
+    result = evaluation(draw, desc=f"w = {point.w:g}", keep=keep)
+    if keep:
+        found["kept"] = keep.path.name
     return {**found, **result, "seconds": round(time.monotonic() - started, 1)}
 
 
@@ -108,6 +114,22 @@ def key_of(
     """Digest of `facts`: rows of one key have the same numbers."""
     text = json.dumps(facts(candidates, evaluation, sampling, point, **options), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def kept_of(
+    candidates: Candidates,
+    evaluation: Evaluation,
+    sampling: Mapping[str, object],
+    point: Point,
+    folder: Path,
+    **options,
+) -> Kept:
+    """Where the features of a point's images are kept in a folder: one file for any number of images."""
+    known = facts(candidates, evaluation, sampling, point, **options)
+    decides = {name: value for name, value in known.items() if name not in ("n", "seeds", "reference", "metrics")}
+    text = json.dumps(decides | {"first": int(evaluation.seeds[0])}, sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Kept(folder / f"{name}.npz", logits="is" in evaluation.metrics)
 
 
 def images_of(row: Mapping, seeds: torch.Tensor, batch: int, device: torch.device | str, **options) -> torch.Tensor:
@@ -194,16 +216,21 @@ class Rows:
 
 
 def scorer(
-    candidates: Candidates, evaluation: Evaluation, sampling: Mapping[str, object], rows: Rows
+    candidates: Candidates,
+    evaluation: Evaluation,
+    sampling: Mapping[str, object],
+    rows: Rows,
+    features: Path | None = None,
 ) -> Callable[[Point], dict]:
     """point → its row, from the file if it was measured before under the same conditions.
 
-    A merge that diverges is measured once, too: its row has fid = inf and the reason. The base must not diverge.
+    features: see `measure`. A merge that diverges is measured once, too: its row has fid = inf and the reason. The base
+    must not diverge.
     """
 
     def compute(point: Point) -> dict:
         try:
-            return measure(candidates, evaluation, sampling, point)
+            return measure(candidates, evaluation, sampling, point, features=features)
         except Diverged as error:
             if not point.w:
                 raise

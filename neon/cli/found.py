@@ -1,0 +1,67 @@
+"""What `neon search --method surface` writes and prints at its end."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from neon.files import atomic
+from neon.surface import Found, SurfaceSearch
+
+
+def record(search: SurfaceSearch, found: Found, n: int, grid: int) -> dict:
+    """The chosen point, intervals around the lowest point of the surface, and the cost: JSON values.
+
+    n: images of an evaluation; grid: evaluations of the grid that the surface is in place of.
+    """
+    best, lowest, budgets = found.best, found.lowest, search.space.budgets
+    chosen = {"w": best.point.w, **dict(best.point.sampling)}
+    result = {}
+    for name, value in chosen.items():
+        low, high = found.intervals[name]
+        result |= {name: value, f"{name}_lo": low, f"{name}_hi": high}
+    result |= {"budget": budgets.get(best.point.selftrained, 0)}
+    result |= dict(zip(("budget_lo", "budget_hi"), found.budgets))
+    return result | {
+        "selftrained": best.point.selftrained,
+        "fid": best.fid,
+        "fid_se": best.se,
+        "lowest": {"w": lowest.w, **dict(lowest.sampling), "fid": found.fid},
+        "at_edge": found.at_edge,
+        "n": n,
+        "evaluations": len(search.nodes),
+        "images": len(search.nodes) * n,
+        "grid_evaluations": grid,
+    }
+
+
+def lines(best: Mapping, options: Sequence[str]) -> list[str]:
+    """`record` for people."""
+    shown = [_interval(best, name) for name in ("w", *options)]
+    if best["budget_lo"] < best["budget_hi"]:
+        shown.append(_interval(best, "budget", "B"))
+    note = "" if best["w"] else "  (the base: no w > 0 is better)"
+    text = [
+        f"best: {'  '.join(shown)}  FID {best['fid']:.4g} ± {best['fid_se']:.2g}{note}",
+        f"{best['evaluations']} evaluations, {best['images']:,} images; a grid of {best['grid_evaluations']:,} points"
+        f" would take {best['grid_evaluations'] * best['n']:,}",
+    ]
+    if best["at_edge"]:
+        text.append("w is at the end of its range: widen -w; if that does not help, change the budget of θ_s")
+    return text
+
+
+def _interval(best: Mapping, name: str, title: str = "") -> str:
+    return f"{title or name} {best[name]:g} ({best[f'{name}_lo']:.4g} to {best[f'{name}_hi']:.4g})"
+
+
+def write_csv(path: Path, rows: Sequence[Mapping]) -> None:
+    """Columns are those of the first row; None is an empty field."""
+    with atomic(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rounded(rows))
+
+
+def rounded(rows: Iterable[Mapping]) -> Iterable[dict]:
+    for row in rows:
+        yield {key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items()}
