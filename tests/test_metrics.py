@@ -18,8 +18,8 @@ from neon.measure.metrics import (
     InceptionScore,
     Moments,
     Reference,
+    frechet,
     frechet_distance,
-    frechet_influence,
     kid,
     load_reference,
     precision_recall,
@@ -134,6 +134,8 @@ def test_fid_is_that_of_torch_fidelity(n, m, dim):
     stats = [fid_features_to_statistics(z) for z in (x, y)]
     expected = fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
     assert fid(x, reference_of(y)) == pytest.approx(expected, rel=1e-6)
+    moments = moments_of(x)
+    assert frechet(moments.mean, moments.cov, reference_of(y)).value == pytest.approx(expected, rel=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -176,13 +178,32 @@ def test_reference_round_trip(tmp_path):
     path = tmp_path / "stats" / "digits.npz"
     save_reference(reference, path)
     loaded = load_reference(path)
-    for key in ("mu", "sigma", "features"):
+    for key in ("mu", "sigma", "features", "root"):
         torch.testing.assert_close(getattr(loaded, key), getattr(reference, key), rtol=0, atol=0)
     assert loaded.name == "digits.npz" and len(loaded.sha256) == 64
 
     save_reference(loaded, path.with_name("again.npz"))
     assert load_reference(path.with_name("again.npz")).sha256 == loaded.sha256
     assert sorted(p.name for p in path.parent.iterdir()) == ["again.npz", "digits.npz"]
+
+
+@pytest.mark.parametrize("n", [500, 20])  # 20: a singular sigma
+def test_no_process_computes_the_root_of_a_stored_reference_again(tmp_path, monkeypatch, n):
+    reference = reference_of(correlated(n, 32))
+    torch.testing.assert_close(reference.root @ reference.root.T, reference.sigma, rtol=1e-10, atol=1e-10)
+    save_reference(reference, tmp_path / "r.npz")
+    wanted = fid(correlated(100, 32, seed=3), reference)
+    for library in (torch.linalg, np.linalg):
+        monkeypatch.delattr(library, "eigh")
+    monkeypatch.delattr(torch.linalg, "cholesky_ex")
+    assert fid(correlated(100, 32, seed=3), load_reference(tmp_path / "r.npz")) == wanted
+
+
+def test_a_sigma_that_is_no_covariance_is_not_stored(tmp_path):
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(2), sigma=np.diag([1.0, -1.0]))
+    with pytest.raises(NeonError, match=r"bad\.npz: sigma is no covariance"):
+        save_reference(load_reference(tmp_path / "bad.npz"), tmp_path / "out.npz")
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.npz"]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -209,6 +230,9 @@ EYE = np.eye(3)
         ({"mu": EYE[0], "sigma": EYE, "features": EYE[:, :2]}, "do not fit together"),
         ({"mu": np.full(3, np.inf), "sigma": EYE}, "mu is not finite"),
         ({"mu": EYE[0], "sigma": EYE * np.nan}, "sigma is not finite"),
+        ({"mu": EYE[0], "sigma": EYE, "root": EYE[:2]}, "do not fit together"),
+        ({"mu": EYE[0], "sigma": EYE, "root": EYE * np.nan}, "root is not finite"),
+        ({"mu": EYE[0], "sigma": EYE, "root": EYE * 1.001}, "root is not one of sigma"),
         ({"mu": np.array(["a", "b", "c"]), "sigma": EYE}, "not an npz file of numbers"),
         ({"mu": np.array([None] * 3), "sigma": EYE}, "not an npz file of numbers"),
     ],
@@ -382,6 +406,39 @@ def test_the_sampling_error_of_fid_is_that_of_repeated_draws():
         x = torch.randn(n, d, dtype=torch.float64) @ mix * 1.3 + 0.5
         moments = Moments(d)
         moments.update(x)
-        fids.append(frechet_distance(moments.mean, moments.cov, reference))
-        errors.append(float(frechet_influence(x, moments.mean, moments.cov, reference).std()) / n**0.5)
+        found = frechet(moments.mean, moments.cov, reference)
+        fids.append(found.value)
+        errors.append(float(found.influence(x).std()) / n**0.5)
     assert np.mean(errors) == pytest.approx(np.std(fids), rel=0.15)
+
+
+def symmetric_root(matrix, power=0.5):
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > 1e-10 * values[-1]
+    return (vectors[:, kept] * values[kept] ** power) @ vectors[:, kept].T
+
+
+@pytest.mark.parametrize("n,m,dim", [(3000, 4000, 300), (200, 4000, 300), (3000, 200, 300), (500, 500, 1)])
+def test_the_influence_in_float32_is_that_of_the_derivative_in_float64(n, m, dim):
+    """Also of covariances of less than full rank; 300 dimensions are more than one block, 3000 images too."""
+    x, y = correlated(n, dim, seed=1).float().relu(), correlated(m, dim, seed=2).float().relu()
+    moments, reference = moments_of(*x.split(700)), reference_of(y)
+    root = symmetric_root(reference.sigma)
+    slope = torch.eye(dim) - root @ symmetric_root(root @ moments.cov @ root, -0.5) @ root
+    deviations = x.double() - moments.mean
+    wanted = 2 * deviations @ (moments.mean - reference.mu) + ((deviations @ slope) * deviations).sum(1)
+    actual = frechet(moments.mean, moments.cov, reference).influence(x)
+    assert actual.dtype == torch.float64
+    assert float(actual.std()) == pytest.approx(float(wanted.std()), rel=1e-4)
+    assert float((actual - wanted).std()) < 1e-4 * float(wanted.std())
+
+
+def test_one_decomposition_gives_the_value_and_its_error(monkeypatch):
+    x, reference = correlated(500, 20), reference_of(correlated(600, 20, seed=2))
+    moments, calls = moments_of(x), []
+    for library in (torch.linalg, np.linalg):
+        for name in ("eigh", "eigvalsh", "svd"):
+            function = getattr(library, name)
+            monkeypatch.setattr(library, name, lambda *args, f=function: (calls.append(f), f(*args))[1])
+    frechet(moments.mean, moments.cov, reference).influence(x)
+    assert len(calls) == 1

@@ -122,10 +122,9 @@ class Evaluation:
             keep.write(self.seeds, own, world)
         result = {}
         if "fid" in self.metrics:
-            result["fid"] = metrics.frechet_distance(moments.mean, moments.cov, self.reference)
-            influence = metrics.frechet_influence(own.features, moments.mean, moments.cov, self.reference)
-            influence = torch.cat(world.gather(influence.cpu()))
-            result["fid_se"] = float(influence.std() / n**0.5)
+            fid = metrics.frechet(moments.mean, moments.cov, self.reference)
+            influence = torch.cat(world.gather(fid.influence(own.features).cpu()))
+            result |= {"fid": fid.value, "fid_se": float(influence.std() / n**0.5)}
         if scores is not None:
             result["is"], result["is_std"] = scores.score()
         if self.compares_features:
