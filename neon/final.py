@@ -17,8 +17,8 @@ def final_points(searched: Sequence[Mapping], options: Sequence[str]) -> dict[st
 
     base: w = 0 with the sampling options that suit it best. neon: the lowest FID over w > 0 if it is below the base's;
     otherwise the base itself, so never w < 0. selftrained: w = −1 with the snapshot of the best w > 0 (or of the best
-    w < 0 if no w > 0 was searched), and with the options that suit it best if w = −1 was searched, else with those of
-    that point. A FID that is not finite never wins.
+    w < 0 if no w > 0 was searched), and with the options that suit it best if w = −1 was searched, else with the
+    base's. A FID that is not finite never wins.
 
     searched: rows of a finished search; options: names of the family's sampling options. Raises NeonError if the rows
     were not measured alike, if no FID is finite, or if no self-trained model is among them.
@@ -34,20 +34,21 @@ def final_points(searched: Sequence[Mapping], options: Sequence[str]) -> dict[st
     def best(of, default=None):
         return next((row for row in finite if of(row)), default)
 
-    def point(row, w):
-        return Point(row["selftrained"] if w else None, w, tuple((name, row[name]) for name in swept))
+    def point(row, w, snapshot=None):
+        return Point(snapshot if w else None, w, tuple((name, row[name]) for name in swept))
 
     merged, base = best(lambda row: row["w"] > 0), best(lambda row: row["w"] == 0)
     trained = merged or best(lambda row: row["w"]) or next((row for row in searched if row["w"]), None)
     if trained is None:
         raise NeonError("the search holds no self-trained model")
-    alone = best(lambda row: row["w"] == -1 and row["selftrained"] == trained["selftrained"], trained)
+    snapshot = trained["selftrained"]
+    alone = best(lambda row: row["w"] == -1 and row["selftrained"] == snapshot) or base or trained
     at_base = point(base or merged or finite[0], 0.0)
     helps = merged and (base is None or merged["fid"] < base["fid"])
     return {
         "base": at_base,
-        "selftrained": point(alone, -1.0),
-        "neon": point(merged, merged["w"]) if helps else at_base,
+        "selftrained": point(alone, -1.0, snapshot),
+        "neon": point(merged, merged["w"], snapshot) if helps else at_base,
     }
 
 

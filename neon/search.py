@@ -9,7 +9,7 @@ from pathlib import Path
 from neon import NeonError
 from neon.measure.candidates import Candidates, Point
 from neon.measure.evaluate import Evaluation
-from neon.measure.rows import Rows, kept_of, key_of, measure, scorer
+from neon.measure.rows import Rows, features_of, key_of, scorer
 from neon.surface import Found, Node, Space, SurfaceSearch, conclude
 
 
@@ -82,12 +82,8 @@ class Bench:
         row = scorer(self.candidates, part, self.sampling, self.rows, self.features)(point)
         if "reason" in row:
             return Node(point, math.inf, math.nan, None), row
-        kept = kept_of(self.candidates, part, self.sampling, point, self.features)
-        found = kept.read(part.seeds, part.world)
-        if found is None or len(found.features) < n:  # the row is there, its features were deleted
-            measure(self.candidates, part, self.sampling, point, features=self.features)
-            found = kept.read(part.seeds, part.world)
-        return Node(point, row["fid"], row["fid_se"], found.features), row
+        features = features_of(self.candidates, part, self.sampling, point, self.features)
+        return Node(point, row["fid"], row["fid_se"], features), row
 
     def known(self, space: Space) -> tuple[list[Point], int]:
         """The points that were measured before with the first n images of these, by any method; and the largest n."""

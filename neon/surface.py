@@ -294,19 +294,14 @@ class Found:
 
 
 def conclude(search: SurfaceSearch) -> Found:
-    """Intervals of the best w, options and budget."""
-    fid, lowest = search.minimum([*search.axes[:-1], search.explored])
+    """Intervals of the best w and options, with the best snapshot, and of its budget."""
+    best = search.best
+    snapshots = [best.point.selftrained] if best.point.w else search.explored
+    fid, lowest = search.minimum([*search.axes[:-1], snapshots])
     parts = search.surface.jackknife()
     intervals, loss = _intervals(search, lowest, parts)
-    return Found(
-        search.best,
-        lowest,
-        fid,
-        intervals,
-        _budgets(search, lowest, parts),
-        lowest.w >= search.limit(lowest.selftrained or search.middle) - 1e-9,
-        loss,
-    )
+    edge = lowest.w > 0 and lowest.w >= search.limit(lowest.selftrained) - 1e-9
+    return Found(best, lowest, fid, intervals, _budgets(search, lowest, parts), edge, loss)
 
 
 def _intervals(search: SurfaceSearch, lowest: Point, parts: Sequence[Surface]) -> tuple[dict, float]:

@@ -10,21 +10,33 @@ from pathlib import Path
 import torch
 
 from neon import NeonError
-from neon.cli.found import lines, record, write_csv
+from neon.cli.found import chosen_row, lines, record, verdict, write_csv
 from neon.cli.options import loading, precision_of, processes, sampling_options
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
 from neon.family import get_family, named
 from neon.fetch import GROUPS, TABLE, choose, fetch_row, pinned, read_table
-from neon.files import atomic, existing, sha256, write_json
+from neon.files import atomic, discard, existing, sha256, write_json
 from neon.final import check_sampled_alike, final_points
 from neon.generate import generate
 from neon.measure.candidates import Candidates, Point
+from neon.measure.compare import Difference, fid_difference
 from neon.measure.evaluate import Evaluation, parse_metrics, reference_of, title
 from neon.measure.features import load_extractor
 from neon.measure.kept import folder_of
 from neon.measure.metrics import load_reference, save_reference
-from neon.measure.rows import Rows, budget_of, digest, images_of, images_of_seeds, key_of, measure, sampled_by, scorer
+from neon.measure.rows import (
+    Rows,
+    budget_of,
+    digest,
+    features_of,
+    images_of,
+    images_of_seeds,
+    key_of,
+    measure,
+    sampled_by,
+    scorer,
+)
 from neon.merge import merge
 from neon.sampling import parse_seeds
 from neon.search import Bench, by_surface, grid, parse_grid, parse_range
@@ -161,7 +173,8 @@ def run_evaluate(args) -> None:
         evaluation = _evaluation(args, here)
         candidates = _candidates(args, args.base, family, here)
         point = Point(args.selftrained and str(args.selftrained), args.w)
-        result = measure(candidates, evaluation, sampling_options(args, family), point)
+        features = folder_of(args.out) if args.out else None
+        result = measure(candidates, evaluation, sampling_options(args, family), point, features=features)
         if here.rank == 0:
             print(summary(result, evaluation.metrics))
             if args.out:
@@ -176,7 +189,8 @@ def run_search(args) -> None:
     with processes(args, family) as here:
         evaluation = _evaluation(args, here)
         candidates, rows = _candidates(args, args.base, family, here), _rows(args, here)
-        search = {"grid": _search_by_grid, "surface": _search_by_surface}[args.method]
+        listed = args.stop is not None or "," in args.w + "".join(args.grid)
+        search = _search_by_grid if (args.method or ("grid" if listed else "surface")) == "grid" else _search_by_surface
         search(args, candidates, evaluation, rows, trained)
 
 
@@ -278,23 +292,61 @@ def run_final(args) -> None:
         candidates = _candidates(args, args.base, family, here)
         now = sampled_by(candidates, here, options) | {"features": evaluation.extractor.name}
         check_sampled_alike(searched, {name: value for name, value in now.items() if name not in here.identity()})
-        rows = _rows(args, here)
+        rows, folder = _rows(args, here), folder_of(args.out)
         measured: dict = {}
         seen = []
+
+        def gains() -> dict:
+            """How much higher the FIDs of base and self-trained model are than Neon's, on the same seeds."""
+            of = {role: features_of(candidates, evaluation, options, at, folder) for role, at in points.items()}
+            found = {role: fid_difference(of[role], of["neon"], evaluation.reference) for role in OTHERS}
+            return {f"gain_{role}{end}": v for role, gain in found.items() for end, v in zip(("", "_se"), gain)}
+
+        def compute(role: str, at: Point) -> dict:
+            row = measured.get(at) or measure(candidates, evaluation, options, at, features=folder)
+            return {"role": role, **row, **(gains() if role == "neon" else {})}
+
         for role, at in points.items():
-            result = rows.cached(
-                f"{role} {key_of(candidates, evaluation, options, at)}",
-                lambda at=at, role=role: {
-                    "role": role,
-                    **(measured.get(at) or measure(candidates, evaluation, options, at)),
-                },
-            )
+            key = f"{role} {key_of(candidates, evaluation, options, at)}"
+            result = rows.cached(key, partial(compute, role, at))
             measured[at] = {k: v for k, v in result.items() if k not in ("role", "key")}
             seen.append(result["key"])
             if here.rank == 0:
                 print(f"{role:12s}{summary(result, evaluation.metrics)}", flush=True)
         if args.replace:
             rows.keep(seen)
+        if here.rank == 0 and points["neon"].w:
+            for role in OTHERS:
+                print(verdict("neon", role, Difference(-result[f"gain_{role}"], result[f"gain_{role}_se"])))
+
+
+OTHERS = ("base", "selftrained")  # what Neon is compared with
+
+
+def run_compare(args) -> None:
+    reference = load_reference(args.ref)
+    (one, a), (other, b) = (chosen_row(text) for text in (args.one, args.other))
+    for fact in ("features", "reference"):
+        if one[fact] != other[fact]:
+            raise NeonError(f"{args.one} and {args.other} differ in {fact}: their FIDs cannot be compared")
+    if one["reference"] != reference.sha256:
+        raise NeonError(f"{args.ref} is not the reference that {args.one} was measured against")
+    (seeds, x), (others, y) = (kept.load() for kept in (a, b))
+    n = min(len(seeds), len(others))
+    if not torch.equal(seeds[:n], others[:n]):
+        raise NeonError(f"{args.one} and {args.other} have no seeds in common: measure both with the same --seeds")
+    print(verdict(args.one, args.other, fid_difference(x[:n], y[:n], reference)) + f"; {n:,} seeds")
+
+
+def run_clean(args) -> None:
+    for path in args.rows:
+        folder = folder_of(existing(path))
+        if not folder.is_dir():
+            print(f"{folder}: not there")
+            continue
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        discard(folder)
+        print(f"{folder}: deleted, {size / 2**20:,.1f} MiB")
 
 
 def run_grid(args) -> None:

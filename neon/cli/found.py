@@ -1,10 +1,15 @@
-"""What `neon search --method surface` writes and prints at its end."""
+"""What `neon search --method surface` writes and prints at its end, and rows that are compared."""
 
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from neon.files import atomic
+from neon import NeonError
+from neon.files import atomic, existing, read_json
+from neon.measure.compare import Difference
+from neon.measure.kept import Kept, folder_of
+from neon.measure.rows import Rows
 from neon.surface import Found, SurfaceSearch
 
 
@@ -51,7 +56,34 @@ def lines(best: Mapping, options: Sequence[str]) -> list[str]:
 
 
 def _interval(best: Mapping, name: str, title: str = "") -> str:
-    return f"{title or name} {best[name]:g} ({best[f'{name}_lo']:.4g} to {best[f'{name}_hi']:.4g})"
+    digits = ".0f" if name == "budget" else ".3g"
+    return f"{title or name} {best[name]:g} ({best[f'{name}_lo']:{digits}} to {best[f'{name}_hi']:{digits}})"
+
+
+def verdict(one: str, other: str, difference: Difference) -> str:
+    """Which has the lower FID, in words."""
+    low, high = difference.interval
+    better = (
+        f"{one} is better" if high < 0 else f"{other} is better" if low > 0 else "no difference that this many show"
+    )
+    return f"FID of {one} minus {other}: {difference.value:.4g} ({low:.4g} to {high:.4g}): {better}"
+
+
+def chosen_row(text: str) -> tuple[dict, Kept]:
+    """'x.json', 'x.jsonl:ROLE', 'x.jsonl:best' or 'x.jsonl:NUMBER' → a row and its features. Raises NeonError."""
+    path, which = (text, "") if Path(text).exists() else text.rpartition(":")[::2]
+    path = existing(path)
+    rows = [read_json(path)] if path.suffix == ".json" else list(Rows(path, write=False).rows.values())
+    known = {str(i): row for i, row in enumerate(rows)} | {row["role"]: row for row in rows if "role" in row}
+    finite = [row for row in rows if math.isfinite(row["fid"])]
+    known |= {"best": min(finite, key=lambda row: row["fid"])} if finite else {}
+    known |= {"": rows[0]} if len(rows) == 1 else {}
+    if which not in known:
+        raise NeonError(f"{text}: say which row, {path}:NAME with NAME of {', '.join(filter(None, known))}")
+    row = known[which]
+    if "kept" not in row:
+        raise NeonError(f"{text}: measured without keeping its features; measure it again")
+    return row, Kept(folder_of(path) / row["kept"])
 
 
 def write_csv(path: Path, rows: Sequence[Mapping]) -> None:

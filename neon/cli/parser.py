@@ -121,7 +121,11 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument(
         "--selftrained", nargs="+", required=True, help="θ_s: snapshots, or training folders for all snapshots in them"
     )
-    p.add_argument("--method", choices=["surface", "grid"], default="surface", help="(default %(default)s)")
+    p.add_argument(
+        "--method",
+        choices=["surface", "grid"],
+        help="(default: surface; grid with --stop, or where -w or --grid lists values, as 0,0.5,1)",
+    )
     p.add_argument(
         "-w",
         default="0:3:0.25",
@@ -151,6 +155,20 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_sampling(p, family)
     add_evaluation(p)
     add_preset(p, chosen("final"))
+
+    p = command(
+        "compare",
+        "run_compare",
+        "is one row of results better than another? the difference of their FIDs on the same seeds, with its interval",
+        ". A row is x.json of `neon evaluate`, or x.jsonl:NAME of `neon final` or `neon search`: a role, 'best', or the"
+        " number of a line from 0.",
+    )
+    p.add_argument("one", metavar="ROW")
+    p.add_argument("other", metavar="ROW")
+    p.add_argument("--ref", required=True, help="the reference statistics that both were measured against")
+
+    p = command("clean", "run_clean", "delete the features that searches and evaluations keep next to their rows")
+    p.add_argument("rows", nargs="+", metavar="ROWS", help="x.jsonl or x.json: x.features is deleted")
 
     p = command("grid", "run_grid", "contact sheets of the models that `neon final` compared, from the same seeds")
     add_family(p, family)

@@ -36,16 +36,25 @@ class Kept:
     def _read(self, seeds: torch.Tensor) -> Features | None:
         if not self.path.exists():
             return None
-        try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                kept, features = (torch.from_numpy(archive[name]) for name in ("seeds", "features"))
-                logits = torch.from_numpy(archive["logits"]) if "logits" in archive else None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, ZlibError):
-            raise NeonError(f"{self.path}: not features that were kept; delete it") from None
+        kept, features, logits = self._arrays()
         n = min(len(kept), len(seeds))
         if not torch.equal(kept[:n], seeds[:n]) or (self.logits and logits is None):
             return None
         return Features(features[:n], logits[:n] if self.logits else None)
+
+    def load(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All seeds and features that are kept. Raises NeonError if there are none."""
+        if not self.path.exists():
+            raise NeonError(f"{self.path}: the features are not kept any more; measure again")
+        return self._arrays()[:2]
+
+    def _arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                found = {name: torch.from_numpy(archive[name]) for name in archive}
+            return found["seeds"], found["features"], found.get("logits")
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, ZlibError):
+            raise NeonError(f"{self.path}: not features that were kept; delete it") from None
 
     def write(self, seeds: torch.Tensor, own: Features, world: World = ALONE) -> None:
         """Keep the features of all seeds; own: those of this rank, which follow those of the ranks before."""

@@ -132,6 +132,18 @@ def kept_of(
     return Kept(folder / f"{name}.npz", logits="is" in evaluation.metrics)
 
 
+def features_of(
+    candidates: Candidates, evaluation: Evaluation, sampling: Mapping[str, object], point: Point, folder: Path
+) -> torch.Tensor:
+    """The features of a point's images, (n, d) float32: kept in the folder, or measured again if they were deleted."""
+    kept = kept_of(candidates, evaluation, sampling, point, folder)
+    found = kept.read(evaluation.seeds, evaluation.world)
+    if found is None or len(found.features) < len(evaluation.seeds):
+        measure(candidates, evaluation, sampling, point, features=folder)
+        found = kept.read(evaluation.seeds, evaluation.world)
+    return found.features
+
+
 def images_of(row: Mapping, seeds: torch.Tensor, batch: int, device: torch.device | str, **options) -> torch.Tensor:
     """What the model of a row of results draws for other seeds, sampled as then: uint8 (N, C, H, W) on the CPU.
 

@@ -38,7 +38,7 @@ class Surface:
         self.places: list[tuple[float, ...]] = []
         self.features: list[torch.Tensor] = []  # (n, d) float32 on the CPU
         self.moments: list[Moments] = []
-        self._crosses: list[torch.Tensor] = []  # R Σ R, (d, d)
+        self._crosses: list[torch.Tensor] = []  # Lᵀ Σ L with L Lᵀ the reference's covariance: (d, d)
 
     def add(self, place: Sequence[float], features: torch.Tensor) -> None:
         """A node. features: (n, d), image i of every node from the same seed."""
@@ -50,7 +50,7 @@ class Surface:
         self.places.append(tuple(place))
         self.features.append(features)
         self.moments.append(moments)
-        self._crosses.append(self.root @ moments.cov @ self.root)
+        self._crosses.append(self.root.T @ moments.cov @ self.root)
 
     def weights(self, places: np.ndarray) -> np.ndarray:
         """(q, a) → (q, k): the moments there are these sums of those at the k nodes. Each row sums to 1.
