@@ -162,12 +162,23 @@ class SurfaceSearch:
         return point if point not in self.nodes and best.fid - fid > TOLERANCE * best.se else None
 
     def _lowest(self) -> Point | None:
-        """The lowest FID that the surface promises, unless it has been confirmed."""
+        """The lowest FID that the surface promises, until it has been confirmed."""
         fid, point = self.minimum([*self.axes[:-1], self.explored])
+        agrees = self._agrees(self.best)
         if point in self.nodes:
-            return None
-        promises = self.best.fid - fid > TOLERANCE * self.best.se
-        return point if promises or not self._agrees(self.best) else None
+            return None if agrees else self._between(self.best.point)
+        return point if self.best.fid - fid > TOLERANCE * self.best.se or not agrees else None
+
+    def _between(self, point: Point) -> Point | None:
+        """Halfway from a point to the next measured w, across the wider gap; None if both are narrow."""
+        snapshot = point.selftrained or self.middle
+        alike = [p.w for p in self.nodes if p.sampling == point.sampling and p.selftrained in (None, snapshot)]
+        above = min((w for w in alike if w > point.w), default=self.limit(snapshot))
+        below = max((w for w in alike if w < point.w), default=0.0)
+        low, high = max((point.w, above), (below, point.w), key=lambda gap: gap[1] - gap[0])
+        w = _nearest(self.axes[0], (low + high) / 2)
+        found = self.space.point(w, [value for _, value in point.sampling], snapshot)
+        return found if high - low > self.space.w[1] / 10 and found not in self.nodes else None
 
     def _agrees(self, node: Node) -> bool:
         """Do the other nodes predict what was measured there?"""

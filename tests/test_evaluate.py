@@ -1,5 +1,6 @@
 """Evaluation, search and final comparison: the same numbers however they are computed, each computed once."""
 
+import csv
 import json
 import math
 
@@ -17,6 +18,7 @@ from neon.measure import metrics
 from neon.measure.candidates import Point
 from neon.measure.evaluate import Evaluation
 from neon.measure.features import Extractor, load_extractor
+from neon.measure.kept import Kept
 from neon.measure.metrics import Moments, load_reference
 from neon.measure.rows import budget_of
 from neon.weights.checkpoint import load_weights
@@ -214,13 +216,18 @@ def test_final(mini, searched, tmp_path):
     assert (base["w"], trained["w"], best["w"]) == (0, -1, merged["w"] if merged["fid"] < found[0]["fid"] else 0)
     assert trained["selftrained"] == merged["selftrained"]
     assert {row["seeds"] for row in (base, trained, best)} == {"200-299"}
+    assert best["gain_base"] == pytest.approx(base["fid"] - best["fid"], abs=1e-9)
+    assert best["gain_selftrained"] == pytest.approx(trained["fid"] - best["fid"], abs=1e-9)
+    assert 0 < best["gain_selftrained_se"] < math.hypot(trained["fid_se"], best["fid_se"])
 
     # Killed after the first row: that one stays, the others come out the same.
     whole = path.read_bytes()
     first = whole[: whole.index(b"\n") + 1]
     path.write_bytes(first + whole[len(first) :][:40])
     neon(*final(mini, path, searched))
-    assert path.read_bytes().startswith(first) and rows(path) == [base, trained, best]
+    assert path.read_bytes().startswith(first)
+    for found, wanted in zip(rows(path), (base, trained, best), strict=True):
+        assert found["key"] == wanted["key"] and found["fid"] == pytest.approx(wanted["fid"], rel=1e-9)
     before = path.stat().st_mtime_ns
     neon(*final(mini, path, searched))
     assert path.stat().st_mtime_ns == before
@@ -275,10 +282,10 @@ def test_neon_is_the_best_positive_w_or_the_base():
     found = [point_row(0.0, 4.0), point_row(0.0, 3.0, cfg=2.0), point_row(1.0, 3.5), trained, point_row(2.0, 9.0, "u")]
     points = final_points(found, ["cfg"])
     assert points["base"] == points["neon"] == Point(None, 0.0, (("cfg", 2.0),))
-    assert points["selftrained"] == Point("s", -1.0, (("cfg", 1.0),))  # of the best w > 0, which lost
-    points = final_points([*found, point_row(0.5, 2.9, "u", 2.0)], ["cfg"])
-    assert points["neon"] == Point("u", 0.5, (("cfg", 2.0),))
-    assert points["selftrained"] == Point("u", -1.0, (("cfg", 2.0),))
+    assert points["selftrained"] == Point("s", -1.0, (("cfg", 2.0),))  # of the best w > 0, which lost; as the base is
+    points = final_points([*found, point_row(0.5, 2.9, "u")], ["cfg"])
+    assert points["neon"] == Point("u", 0.5, (("cfg", 1.0),))
+    assert points["selftrained"] == Point("u", -1.0, (("cfg", 2.0),))  # Neon's best options are not fair to it
     alone = [point_row(-1.0, 8.0, "u", 2.0), point_row(-1.0, 7.0, "u")]  # the self-trained model at its own best, too
     points = final_points([*found, point_row(0.5, 2.9, "u", 2.0), *alone], ["cfg"])
     assert points["selftrained"] == Point("u", -1.0, (("cfg", 1.0),))
@@ -294,7 +301,7 @@ def test_a_fid_that_is_not_finite_never_wins(bad):
     points = final_points(found, ["cfg"])
     assert points["base"].sampling == (("cfg", 2.0),) and points["neon"] == Point("u", 1.0, (("cfg", 1.0),))
     points = final_points(found[:3], ["cfg"])  # every merge diverged
-    assert points["neon"] == points["base"] and points["selftrained"] == Point("s", -1.0, (("cfg", 1.0),))
+    assert points["neon"] == points["base"] and points["selftrained"] == Point("s", -1.0, (("cfg", 2.0),))
     with pytest.raises(NeonError, match="no finite FID"):
         final_points([found[0], found[2]], ["cfg"])
 
@@ -420,3 +427,135 @@ def test_base_weights_come_back_after_a_merge(mini):
     assert all(torch.equal(state[name], base[name]) for name in base)
     with pytest.raises(NeonError, match=r"w = 0.5 needs a self-trained checkpoint"):
         candidates.load(None, 0.5)
+
+
+# ---------------------------------------------------------------- by surface
+
+
+def surface(mini, path, *more, seeds="5-204", w="0:2"):
+    options = ("--selftrained", *mini.snapshots, "-w", w, "--seeds", seeds, "--first", 100, "--metrics", "fid,recall")
+    return ["search", *mini.measuring, "--base", mini.base, *options, "--out", path, *more]
+
+
+def chosen(path):
+    return json.loads(path.with_suffix(".best.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def by_surface(mini, tmp_path_factory):
+    path = tmp_path_factory.mktemp("surface") / "search.jsonl"
+    return path, neon(*surface(mini, path, "--grid", "sigma_max=20:60", "--evaluations", 7))
+
+
+def test_a_search_by_surface(mini, by_surface):
+    """Few evaluations, each with its row and features; the best is the lowest measured; the curve is a file."""
+    path, printed = by_surface
+    found, best = rows(path), chosen(path)
+    lowest = min((row for row in found if row["w"] >= 0), key=lambda row: row["fid"])
+    assert 4 <= len(found) <= 7 and best["evaluations"] == len(found)
+    assert (best["w"], best["sigma_max"], best["fid"]) == (lowest["w"], lowest["sigma_max"], lowest["fid"])
+    assert best["w_lo"] <= best["lowest_w"] <= best["w_hi"] and {row["n"] for row in found} == {best["n"]}
+    assert f"best: w {best['w']:g}" in printed and f"{len(found)} evaluations, {best['images']:,} images" in printed
+    assert f"a grid of {13 * 10 * len(mini.snapshots):,} points" in printed
+    kept = sorted(file.name for file in path.with_suffix(".features").iterdir())
+    assert kept == sorted(row["kept"] for row in found)
+    with path.with_suffix(".curve.csv").open() as file:
+        curve = list(csv.DictReader(file))
+    assert list(curve[0]) == ["w", "sigma_max", "budget", "fid", "fid_se"] and len(curve) == 31 * 13
+    budget = {float(row["budget"]) for row in curve}
+    assert len(budget) == 1 and sum(bool(row["fid_se"]) for row in curve) == 31
+
+
+def test_a_search_by_surface_resumes_and_repeats_nothing(mini, by_surface, tmp_path):
+    path, printed = by_surface
+    whole = path.read_bytes()
+    for done in (1, 3):
+        again = tmp_path / f"{done}.jsonl"
+        again.write_bytes(b"".join(whole.splitlines(keepends=True)[:done]) + b'{"key": "01')
+        neon(*surface(mini, again, "--grid", "sigma_max=20:60", "--evaluations", 7))
+        assert [row["key"] for row in rows(again)] == [row["key"] for row in rows(path)]
+        assert chosen(again) == pytest.approx(chosen(path))
+    assert "best: " + neon(*surface(mini, path, "--grid", "sigma_max=20:60", "--evaluations", 7)).split("best: ")[
+        1
+    ] == ("best: " + printed.split("best: ")[1])
+    assert path.read_bytes() == whole
+
+
+def test_a_search_by_surface_in_two_processes(mini, by_surface, tmp_path):
+    path, _ = by_surface
+    again = tmp_path / "search.jsonl"
+    torchrun(2, "-m", "neon.cli", *surface(mini, again, "--grid", "sigma_max=20:60", "--evaluations", 7))
+    for found, wanted in zip(rows(again), rows(path), strict=True):
+        assert found["key"] == wanted["key"] and found["fid"] == pytest.approx(wanted["fid"], rel=1e-6)
+    assert chosen(again)["w_lo"] == pytest.approx(chosen(path)["w_lo"], abs=1e-3)
+
+
+def test_what_a_grid_measured_serves_the_surface(mini, tmp_path):
+    path = tmp_path / "search.jsonl"
+    one = ("--selftrained", mini.snapshots[0])
+    neon(*surface(mini, path, *one, "--method", "grid", seeds="5-104", w="0,1,2"))
+    before = path.read_bytes()
+    printed = neon(*surface(mini, path, *one, "--evaluations", 3, seeds="5-104"))
+    assert path.read_bytes() == before and "3 evaluations" in printed
+    neon("clean", path)
+    assert not path.with_suffix(".features").exists()
+    neon(*surface(mini, path, *one, "--evaluations", 3, seeds="5-104"))  # sampled again for the features alone
+    assert path.read_bytes() == before and len(list(path.with_suffix(".features").iterdir())) == 3
+
+
+def test_an_evaluation_is_extended_without_sampling_again(mini, tmp_path):
+    """The first images are those that are kept; the numbers are those of an evaluation of all at once."""
+    extractor, reference = load_extractor(mini.features[1]), load_reference(mini.ref)
+    model = edm.family.load(mini.base, device="cpu")
+    asked = []
+
+    def sample(seeds):
+        asked.extend(seeds.tolist())
+        return edm.family.sample(model, seeds, edm.family.labels(model, seeds), num_steps=4)
+
+    def evaluation(n):
+        return Evaluation(torch.arange(n), extractor, reference, ("fid", "is", "kid", "recall"), 16)
+
+    kept = Kept(tmp_path / "kept.npz", logits=True)
+    evaluation(40)(sample, keep=kept)
+    extended = evaluation(100)(sample, keep=kept)
+    assert asked == list(range(100))
+    assert extended == pytest.approx(evaluation(100)(sample), rel=1e-6)
+    asked.clear()
+    assert evaluation(60)(sample, keep=kept) == pytest.approx(evaluation(60)(sample), rel=1e-6) and asked == list(
+        range(60)
+    )
+    (tmp_path / "kept.npz").write_bytes(b"broken")
+    with pytest.raises(NeonError, match="not features that were kept"):
+        evaluation(40)(sample, keep=kept)
+
+
+def test_compare(mini, tmp_path):
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    neon(*evaluate(mini, one, metrics="fid"))
+    neon(*evaluate(mini, other, "--selftrained", mini.snapshots[1], "-w", 3, metrics="fid"))
+    difference = json.loads(one.read_text())["fid"] - json.loads(other.read_text())["fid"]
+    printed = neon("compare", one, other, "--ref", mini.ref)
+    assert f"FID of {one} minus {other}: {difference:.4g} (" in printed and printed.endswith("; 100 seeds\n")
+    assert "no difference that" in neon("compare", one, one, "--ref", mini.ref)
+    far = tmp_path / "far.json"
+    neon(*evaluate(mini, far, "--seeds", "7000-7099", metrics="fid"))
+    assert "no seeds in common" in error_of("compare", one, far, "--ref", mini.ref)
+    neon("clean", other)
+    assert "not kept any more" in error_of("compare", one, other, "--ref", mini.ref)
+    assert "no such file" in error_of("compare", one, tmp_path / "none.json", "--ref", mini.ref)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("-w", "3:0"), "a surface needs a range of w"),
+        (("--grid", "solver=heun,euler", "--method", "surface"), "no numbers in between"),
+        (("--grid", "sigma_max=20"), "a surface needs a range of sigma_max"),
+        (("-w", "0:x"), "not a range"),
+    ],
+)
+def test_surfaces_that_are_refused(mini, tmp_path, more, message):
+    path = tmp_path / "search.jsonl"
+    assert message in error_of(*surface(mini, path, *more))
+    assert not path.exists()

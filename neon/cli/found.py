@@ -30,7 +30,8 @@ def record(search: SurfaceSearch, found: Found, n: int, grid: int) -> dict:
         "selftrained": best.point.selftrained,
         "fid": best.fid,
         "fid_se": best.se,
-        "lowest": {"w": lowest.w, **dict(lowest.sampling), "fid": found.fid},
+        **{f"lowest_{name}": value for name, value in {"w": lowest.w, **dict(lowest.sampling)}.items()},
+        "lowest_fid": found.fid,
         "at_edge": found.at_edge,
         "n": n,
         "evaluations": len(search.nodes),
@@ -71,7 +72,7 @@ def verdict(one: str, other: str, difference: Difference) -> str:
 
 def chosen_row(text: str) -> tuple[dict, Kept]:
     """'x.json', 'x.jsonl:ROLE', 'x.jsonl:best' or 'x.jsonl:NUMBER' → a row and its features. Raises NeonError."""
-    path, which = (text, "") if Path(text).exists() else text.rpartition(":")[::2]
+    path, which = (text, "") if Path(text).exists() or ":" not in text else text.rpartition(":")[::2]
     path = existing(path)
     rows = [read_json(path)] if path.suffix == ".json" else list(Rows(path, write=False).rows.values())
     known = {str(i): row for i, row in enumerate(rows)} | {row["role"]: row for row in rows if "role" in row}

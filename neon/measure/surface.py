@@ -17,7 +17,7 @@ from neon.measure.metrics import Moments, Reference
 
 DEGREE = 4  # of the polynomials, at most
 SMOOTH = 0.3  # weight of a degree relative to the one below: low degrees explain what they can
-REACH = 3.0  # how far nodes can be trusted: to twice the distance of two of them, see `Surface.reach`
+REACH = 3.6  # how far nodes can be trusted: to twice the distance of two of them, see `Surface.reach`
 BLOCKS = 10  # of seeds, for the jackknife
 
 Map = Callable[[Callable, Sequence], list]  # (function, items) → its results, perhaps computed by several processes
