@@ -95,6 +95,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p = command("generate", "run_generate", "write the synthetic set S: one PNG per seed and dataset.json")
     add_model(p, "--model")
     p.add_argument("--out", required=True, help="folder; an interrupted run resumes")
+    p.add_argument("--shard", type=count, help="images per .zip, so that large sets are few files (default: no .zip)")
     add_replace(p)
     add_sampling(p, family)
     add_preset(p, chosen("generate"))
