@@ -1,7 +1,8 @@
 """Rows of results → what `dvc metrics show` and `dvc plots show` read.
 
 python -m report.metrics metrics ROWS OUT.json    role → FID and the other metrics, with w and guidance
-python -m report.metrics curve   ROWS OUT.csv     the best row at each w, whatever its B and guidance
+python -m report.metrics curve   ROWS OUT.csv     the best row at each w, whatever its B and guidance; ROWS may be the
+                                                  .curve.csv of a search by surface
 """
 
 import argparse
@@ -41,7 +42,8 @@ def main() -> None:
     parser.add_argument("rows", help="what `neon search`, `neon final` or `neon evaluate` wrote")
     parser.add_argument("out", help=".json or .csv")
     args = parser.parse_args()
-    table = table_of(rows_of(args.rows, final=args.kind == "metrics"))
+    surface = args.rows.endswith(".csv")
+    table = pd.read_csv(args.rows) if surface else table_of(rows_of(args.rows, final=args.kind == "metrics"))
     if args.kind == "metrics":
         write_json(args.out, metrics(table))
     else:
