@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 from pickle_writer import EDM_CLASSES, write_persistent_pickle
-from processes import BIN, ROOT
+from processes import BIN, ROOT, free_port
 
 from neon import NeonError
 from neon.cli.options import sampling_options
@@ -595,6 +595,69 @@ def test_a_remote_shares_what_was_made(digits, tmp_path_factory):
     shutil.rmtree(digits / ".dvc" / "cache")
     dvc("pull", "--with-deps", "selftrain@one", cwd=digits)
     assert reproduce(digits, "selftrain@one") == []
+
+
+@pytest.mark.slow
+def test_hard_links_to_the_cache(digits):
+    """One copy on disk in place of two; a stage that ran before can still add to its output."""
+    dvc("config", "cache.type", "hardlink", cwd=digits)
+    reproduce(digits, "selftrain@one")
+    snapshot = digits / "runs/selftrain/one/0/snapshot-000000256.safetensors"
+    before = snapshot.stat()
+    assert before.st_nlink == 2
+    params = yaml.safe_load((digits / "params.yaml").read_text())
+    params["seeds"]["selftrain"] = "0 1"
+    write_params(digits, params)
+    assert reproduce(digits, "selftrain@one") == ["selftrain@one"]
+    added = digits / "runs/selftrain/one/1" / snapshot.name
+    assert snapshot.stat().st_nlink == added.stat().st_nlink == 2
+    shutil.rmtree(digits / "runs/selftrain/one")
+    dvc("checkout", "selftrain@one", cwd=digits)
+    assert added.exists() and reproduce(digits, "selftrain@one") == []
+
+
+@pytest.mark.slow
+def test_two_jobs_at_once_in_one_folder(digits):
+    """Of two models, after what they share."""
+    reproduce(digits, *("fetch@base", "fetch@neon", "fetch@stats", "reference@digits"))
+    command = {"cwd": digits, "env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    jobs = [subprocess.Popen([BIN / "dvc", "repro", f"final@{model}"], **command) for model in ("one", "two")]
+    said = [job.communicate(timeout=280)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert reproduce(digits, "final@one", "final@two") == []
+
+
+SRUN = """#!/usr/bin/env bash
+# Slurm's srun, but all nodes are this machine: the command once per node.
+echo "$@" >> srun.log
+while [[ $1 == --* ]]; do shift; done
+for node in 1 2; do "$@" & nodes+=($!); done
+for node in "${nodes[@]}"; do wait "$node" || exit; done
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_example(digits, tmp_path_factory):
+    """paper/neon.sbatch with a pretended srun: two nodes that find each other make one set."""
+    programs = tmp_path_factory.mktemp("programs")
+    for name, text in {"srun": SRUN, "scontrol": "#!/bin/sh\necho localhost\n"}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    script = (digits / "paper/neon.sbatch").read_text()
+    (launch,) = re.findall("^# launch: (.*)", script, flags=re.MULTILINE)
+    params = yaml.safe_load((digits / "params.yaml").read_text())
+    params["launch"] = launch.replace("nproc_per_node=8", "nproc_per_node=1").replace("29500", str(free_port()))
+    write_params(digits, params)
+    slurm = {"SLURM_SUBMIT_DIR": str(digits), "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "gpu[1-2]"}
+    environment = ENVIRONMENT | slurm | {"PATH": f"{programs}:{ENVIRONMENT['PATH']}"}
+    done = subprocess.run(
+        ["bash", "paper/neon.sbatch", "generate@one"], cwd=digits, env=environment, capture_output=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(ImageSet(digits / "runs/S/one")) == 64
+    started = (digits / "srun.log").read_text().splitlines()
+    assert len(started) == 2 and all("torchrun --nnodes=2" in line for line in started)  # reference@, generate@
+    assert "neon.cli generate" in started[1]
 
 
 @pytest.mark.slow
