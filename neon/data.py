@@ -1,8 +1,9 @@
 """Image sets on disk, and the order in which training sees them.
 
 A set is a folder or an uncompressed .zip with images in any subfolders and, in EDM's convention, a `dataset.json`
-{"labels": [["00000/img00000000.png", 3], …]} (null for an unlabelled set); or a folder with that dataset.json and .zip
-files of the images; or parquet files as the hub lays them out, with a column of encoded images and maybe one of labels.
+{"labels": [["00000/img00000000.png", 3], …]} (null for an unlabelled set); or a folder of such .zip files with one
+dataset.json, from `neon generate --shard`; or parquet files as the hub lays them out, with a column of encoded images
+and maybe one of labels.
 """
 
 import glob
@@ -43,7 +44,7 @@ class ImageSet:
         if parquet := _parquet_files(self.path):
             self._zip = _Parquet(parquet)
             files = self._zip.namelist()
-        elif archives := sorted(self.path.glob("*.zip")):
+        elif (self.path / "generate.json").exists() and (archives := sorted(self.path.glob("*.zip"))):
             self._zip = _Archives(archives, self.path / "dataset.json")
             files = self._zip.namelist()
         elif existing(self.path).is_dir():
@@ -109,7 +110,7 @@ class ImageSet:
 
 
 class _Archives:
-    """Several .zip files of images and the dataset.json of all of them, read like one .zip. Raises NeonError."""
+    """The .zip files of a set and the dataset.json of all of them, read like one .zip. Raises NeonError."""
 
     def __init__(self, files: list[Path], dataset: Path):
         self._dataset = dataset

@@ -62,9 +62,10 @@ def main() -> None:
     parser.add_argument("rows", help="what `neon search`, `neon final`, `neon evaluate` or report.tables wrote")
     parser.add_argument("out", help=".json or .csv")
     args = parser.parse_args()
-    wanted = {"curve": ["w", "fid"], "summary": ["family", *SUMMARY]}.get(args.kind, [])
-    if args.rows.endswith(".csv"):
-        table = read_csv(args.rows, wanted)
+    if args.kind == "summary" or args.rows.endswith(".csv"):
+        table = read_csv(
+            args.rows, {"metrics": ["role"], "curve": ["w", "fid"], "summary": ["family", *SUMMARY]}[args.kind]
+        )
     else:
         table = table_of(rows_of(args.rows, final=args.kind == "metrics"))
     if args.kind != "curve":

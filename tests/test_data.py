@@ -73,6 +73,14 @@ def test_large_sets_are_read_from_the_file_each_time(path, monkeypatch):
         assert torch.equal(data.images([8, 1, 1, 3]), pixels[[8, 1, 1, 3]])
 
 
+def test_a_zip_next_to_images_is_no_part_of_the_set(tmp_path):
+    """As where a data set was unpacked: only `neon generate --shard` makes sets of .zip files."""
+    pixels = pictures(2)
+    write(tmp_path / "set", files_of(pixels))
+    write(tmp_path / "set" / "download.zip", files_of(pictures(5)))
+    assert torch.equal(ImageSet(tmp_path / "set").images([0, 1]), pixels)
+
+
 def test_what_is_returned_may_be_changed(path):
     pixels = pictures(2)
     data = ImageSet(write(path, files_of(pixels)))

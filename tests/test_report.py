@@ -251,6 +251,8 @@ def test_what_is_wrong_is_one_line(tmp_path, run):
         ("report.metrics", "metrics", search, out): "0.jsonl: not what `neon final` wrote",
         ("report.metrics", "curve", titles, out): "holds something other than rows of results",
         ("report.metrics", "summary", other, out): "other.csv: no table with a column family",
+        ("report.metrics", "summary", search, out): "0.jsonl: no table with a column family",
+        ("report.metrics", "metrics", other, out): "other.csv: no table with a column role",
         ("report.metrics", "curve", empty, out): "empty.csv: no table with a column w",
         ("report.table_a1", "--out", tmp_path): "imm_t8.json: holds something other than a row of results",
     }.items():

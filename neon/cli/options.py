@@ -53,7 +53,7 @@ def choices_of(preset: Preset, family: str, command: str, merging: bool = False)
     model = {"base": preset.base}
     if command == "evaluate" and not merging:
         model = {"base": preset.released or preset.base}
-    searched = {"w": preset.w, "grid": [preset.grid] if preset.grid else []}
+    searched = {"method": "surface", "w": preset.w, "grid": [preset.grid] if preset.grid else []}
     batch = {"batch_size": preset.batch_size}
     precision = {"precision": preset.precision} if preset.precision else {}
     kept = {"snapshot": preset.snapshot} if preset.snapshot else {}

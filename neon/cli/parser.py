@@ -41,8 +41,13 @@ def _choices(argv: Sequence[str]):
     options = {word.partition("=")[0] for word in argv}
     if {"--grid", f"--{preset.searched}"} & options:
         preset = dataclasses.replace(preset, grid="")  # the user's grid or one value in its place
-    merging = "--selftrained" in options
-    return family, lambda command: choices_of(preset, family.name, command, merging)
+    merging, stop = "--selftrained" in options, "--stop" in options
+
+    def chosen(command: str) -> Mapping:
+        choices = choices_of(preset, family.name, command, merging)
+        return {name: value for name, value in choices.items() if not (stop and name == "method")}  # --stop: a grid
+
+    return family, chosen
 
 
 def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.ArgumentParser:
