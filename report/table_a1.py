@@ -20,7 +20,6 @@ from report.tables import (
     final_table,
     markdown,
     rows_of,
-    seed_of,
     summarise,
     table_of,
     write_all,
@@ -38,17 +37,24 @@ RERUN = ["fid_rerun", "fid_rerun_se", "fid_rerun_min"]
 METRICS = ["fid", "is", "precision", "recall", "kid"]
 
 
-def found(folder: Path, kind: str, names) -> dict[str, list[dict]]:
+def found(folder: Path, kind: str, params: dict) -> dict[str, list[dict]]:
     """Name → the rows of its files, each with the seed of its fine-tune; names without a file are left out.
 
-    The files: rows/released/<name>.json, rows/search/<name>/<seed>.jsonl, rows/final/<name>/<seed>/<images>.jsonl.
+    The files of the seeds in params: rows/released/<name>.json, rows/search/<name>/<seed>.jsonl,
+    rows/final/<name>/<seed>/<images>.jsonl. Others are of earlier values of these.
     """
-    root, rows = folder / "rows" / kind, {}
-    for name in names:
-        files = sorted([*root.glob(f"{name}.json"), *root.glob(f"{name}/**/*.jsonl")])
-        for file in files:
-            seed = seed_of(root / Path(*file.relative_to(root).parts[:2])) if kind != "released" else 0
-            rows.setdefault(name, []).extend({**row, "seed": seed} for row in rows_of(file, final=kind == "final"))
+    root, seeds = folder / "rows" / kind, params["seeds"]
+    sets, rows = [seeds["final"], *seeds["more"].split()], {}
+    for name, item in params["released" if kind == "released" else "points"].items():
+        for seed in str(seeds["selftrain"]).split():
+            files = {
+                "released": [f"{name}.json"],
+                "search": [f"{name}/{seed}.jsonl"],
+                "final": [f"{name}/{seed}/{images}.jsonl" for images in sets[: item.get("sets")]],
+            }[kind]
+            for file in (root / file for file in files if (root / file).exists()):
+                of_file = rows_of(file, final=kind == "final")
+                rows.setdefault(name, []).extend({**row, "seed": int(seed)} for row in of_file)
     return rows
 
 
@@ -144,10 +150,9 @@ def all_rows(found: dict[str, list[dict]]) -> pd.DataFrame:
 def main(out: Path) -> None:
     """Write the tables of the folder of results `out`, which has rows/ in it."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    search, final = (found(out, kind, params["points"]) for kind in ("search", "final"))
+    search, final, released = (found(out, kind, params) for kind in ("search", "final", "released"))
     finished = all_rows({name: complete(over_sets(pd.DataFrame(rows))) for name, rows in final.items()})
-    paper, released = pd.read_csv(ROOT / "paper" / "table_a1.csv"), found(out, "released", params["released"])
-    lines = table_a1(paper, params, final, released)
+    lines = table_a1(pd.read_csv(ROOT / "paper" / "table_a1.csv"), params, final, released)
     tables = {
         "table_a1.csv": lines.to_csv(index=False, float_format="%.6g"),
         "table_a1.json": lines.to_json(orient="records", indent=1),
