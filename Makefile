@@ -1,5 +1,6 @@
 # Every target sets up what it needs in .venv; after the first time that takes a second.
 BIN := $(CURDIR)/.venv/bin
+PYTHON ?= python3
 export PATH := $(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::UserWarning:multiprocessing.resource_tracker
 
@@ -9,7 +10,10 @@ setup: .venv/installed
 
 # Exact versions from the lock, by uv, which comes by pip. Compiled once, so that every short process starts quickly.
 .venv/installed: requirements.lock pyproject.toml
-	@test -x $(BIN)/pip || python3 -m venv .venv
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+	echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	"type make setup PYTHON=python3.12, say, and delete .venv if an older one made it" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 	@test -x $(BIN)/uv || python -m pip install --quiet --disable-pip-version-check uv
 	VIRTUAL_ENV=$(CURDIR)/.venv uv pip install --quiet --compile-bytecode --requirement requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/.venv uv pip install --quiet --no-deps --editable .

@@ -114,14 +114,15 @@ PRESETS = {  # fid: the paper's, of the base and of Neon
         released="checkpoints/Neon_VARd16_imagenet256.pth", reference="imagenet256",
         synthetic=750_000, made_with={"cfg": 1.25}, recipe="d16_256", micro_batch=32,
         sampling={"cfg": 2.9, "top_k": 900, "top_p": 0.95}, batch_size=64,
-        w="0,0.1,0.4,0.7,1,1.3,1.6,2", grid="cfg=1.35,1.5,2,2.5,2.7,2.9,3.1,3.5,4",
-        fid=(3.30, 2.01), best_w=1.0, rows=("VAR-d16", "VAR-d16 + Neon"),
+        w="0,0.1,0.4,0.7,1,1.3,1.6,2", grid="cfg=1.25,1.35,1.5,2,2.5,2.7,2.9,3.1,3.5,4",
+        snapshot=1_000_000, fid=(3.30, 2.01), best_w=1.0, rows=("VAR-d16", "VAR-d16 + Neon"),
     ),
     "var_d36": Preset(
         **COMMON, network="d36_512", base="checkpoints/var_d36.pth",
         released="checkpoints/Neon_VARd36_imagenet512.pth", reference="imagenet512",
         synthetic=90_000, made_with={"cfg": 2.0}, recipe="d36_512", micro_batch=3,
-        sampling={"cfg": 3.2, "top_k": 900, "top_p": 0.95}, batch_size=32, w="0:2:0.2", grid="cfg=2:4.4:0.4",
+        sampling={"cfg": 3.2, "top_k": 900, "top_p": 0.95}, batch_size=32, w="0:2:0.2",
+        grid="cfg=2,2.4,2.8,3.2,3.6,4,4.4,4.5", snapshot=600_000,
         fid=(2.63, 1.70), best_w=0.6, rows=("VAR-d36-s", "VAR-d36-s + Neon"),
     ),
 }

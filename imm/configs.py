@@ -58,7 +58,8 @@ IMAGENET256 = {  # S and θ_s are one for all numbers of steps
     "trained_as": "imm", "network": "imagenet256", "base": "checkpoints/imagenet256_ts_a2.pkl",
     "vae": "checkpoints/sd-vae-ft-ema", "reference": "imagenet256",
     "synthetic": 30_000, "made_with": {"num_steps": 8, "cfg_scale": 1.5}, "recipe": "imagenet256", "micro_batch": 16,
-    "batch_size": 64, "w": "0:5.2:0.4", "grid": "cfg_scale=1.3:2.6:0.1",
+    "batch_size": 64, "w": "0:5.2:0.4", "snapshot": 8 * 102_400,
+    "grid": "cfg_scale=1,1.3,1.4,1.5,1.6,1.7,1.8,1.9,2,2.1,2.2,2.3,2.4,2.5,2.6,3",
 }
 PRESETS = {  # fid: the paper's, of the base and of Neon
     "imm_t8": Preset(

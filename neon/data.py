@@ -1,8 +1,9 @@
 """Image sets on disk, and the order in which training sees them.
 
 A set is a folder or an uncompressed .zip with images in any subfolders and, in EDM's convention, a `dataset.json`
-{"labels": [["00000/img00000000.png", 3], …]} (null for an unlabelled set); or parquet files as the hub lays them out,
-with a column of encoded images and maybe one of labels.
+{"labels": [["00000/img00000000.png", 3], …]} (null for an unlabelled set); or a folder of such .zip files with one
+dataset.json, from `neon generate --shard`; or parquet files as the hub lays them out, with a column of encoded images
+and maybe one of labels.
 """
 
 import glob
@@ -30,7 +31,7 @@ IN_MEMORY = 2**30  # bytes of decoded images that are kept
 
 
 class ImageSet:
-    """Images and labels of a folder, .zip, or .parquet files (one, a folder of them, or a pattern with *).
+    """Images and labels of a folder (also of .zip files), .zip, or .parquet files (one, a folder, or a pattern with *).
 
     labels: int64 (n,) or None; shape: (C, H, W) of every image. Grey images have one channel, all others three.
     size: every image is made RGB, size × size pixels (centre_crop). first: use only so many, in the order of their
@@ -42,6 +43,9 @@ class ImageSet:
         self._zip = None
         if parquet := _parquet_files(self.path):
             self._zip = _Parquet(parquet)
+            files = self._zip.namelist()
+        elif (self.path / "generate.json").exists() and (archives := sorted(self.path.glob("*.zip"))):
+            self._zip = _Archives(archives, self.path / "dataset.json")
             files = self._zip.namelist()
         elif existing(self.path).is_dir():
             files = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*")]
@@ -103,6 +107,28 @@ class ImageSet:
         if unlabelled:
             raise NeonError(f"{self.path}: dataset.json has no label for {unlabelled[0]}")
         return torch.tensor([table[name] for name in self.names])
+
+
+class _Archives:
+    """The .zip files of a set and the dataset.json of all of them, read like one .zip. Raises NeonError."""
+
+    def __init__(self, files: list[Path], dataset: Path):
+        self._dataset = dataset
+        if not dataset.exists():
+            raise NeonError(f"{dataset.parent}: .zip files but no dataset.json, so the set is not finished")
+        self._file_of: dict[str, zipfile.ZipFile] = {}
+        for path in files:
+            try:
+                archive = zipfile.ZipFile(path)
+            except zipfile.BadZipFile:
+                raise NeonError(f"{path}: not a zip file") from None
+            self._file_of |= dict.fromkeys(archive.namelist(), archive)
+
+    def namelist(self) -> list[str]:
+        return [*self._file_of, "dataset.json"]
+
+    def read(self, name: str) -> bytes:
+        return self._dataset.read_bytes() if name == "dataset.json" else self._file_of[name].read(name)
 
 
 def _parquet_files(path: Path) -> list[str]:
@@ -211,15 +237,14 @@ ORDERS = {"window": window_order, "epoch": epoch_order}
 
 
 def batches(
-    data: ImageSet, order: Iterator[int], batch: int, rank: int = 0, world_size: int = 1
+    data: ImageSet, order: Iterator[int], batch: int, part: slice = slice(None)
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, Callable[[], torch.Tensor]]]:
-    """This rank's part of each step, batch / world_size images in a row: (uint8 images, labels), and a function that
-    reads the images of the whole step. A thread reads one step ahead."""
-    share = batch // world_size
+    """Of each step of `batch` images, a part that is not empty: (uint8 images, labels), and a function that reads the
+    images of the whole step. A thread reads one step ahead."""
 
     def read():
         step = list(itertools.islice(order, batch))
-        own = step[rank * share : (rank + 1) * share]
+        own = step[part]
         labels = None if data.labels is None else data.labels[own]
         return data.images(own), labels, lambda: data.images(step)
 

@@ -79,12 +79,13 @@ class Preset:
     micro_batch: int  # images per forward pass and process in training
     sampling: Mapping[str, object]  # sampling options of the evaluation, at the best guidance if the paper gives one
     batch_size: int  # images per forward pass and process elsewhere
-    w: str  # grid of the search
+    w: str  # grid of the search; its ends are the range in which the surface looks
     fid: tuple[float | None, float]  # the paper's numbers: base, Neon; None is not given
     rows: tuple[str | None, str]  # the models' names in Table A.1: base, Neon
     kind: Literal["cond", "uncond"] = "cond"  # and the column there
     grid: str = ""  # what is searched next to w: OPTION=GRID
-    stop: float = 0.03  # a row of the search ends when FID exceeds its best by this much
+    snapshot: int = 0  # images between the snapshots that are kept; 0: as often as the recipe, which is as the paper
+    sets: int = 1  # sets of 50k images to report: EDM's papers give the minimum of three
     best_w: float | None = None  # the paper's, if it is given
     released: str = ""  # the authors' θ_neon
     readme: Mapping[str, object] = field(default_factory=dict)  # its sampling in the released README, where it differs

@@ -1,7 +1,8 @@
 """The synthetic set S: a model's samples as an image set on disk (EDM's convention), resumable."""
 
 import json
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from neon import NeonError
 from neon.data import encode_png, image_name
 from neon.distributed import World
 from neon.files import atomic, discard, progress, read_json, write_json
-from neon.sampling import shard
+from neon.sampling import shard as batches_of
 
 
 @torch.no_grad()
@@ -25,17 +26,48 @@ def generate(
     batch: int,
     world: World,
     replace: bool = False,
+    shard: int | None = None,
 ) -> None:
     """Write one PNG per seed, named by the seed, to `out`, and dataset.json when all are there.
 
     sample: seeds (b,) → uint8 (b, C, H, W); labels: seeds (b,) → (b,) int64 or None. identity: JSON values that no
     other set has (checkpoint, sampling options), kept in generate.json. Images that are there are kept, so an
     interrupted run resumes; the files are the same for any batch size and number of processes. replace: delete another
-    set that is there. Raises NeonError if the folder holds anything else, or if seeds repeat; Diverged.
+    set that is there. shard: every so many images, in the order of `seeds`, become one uncompressed .zip as soon as
+    they are there (neon.data reads both alike). Raises NeonError if the folder holds anything else, or if seeds repeat;
+    Diverged.
     """
     if len(seeds.unique()) < len(seeds):
         raise NeonError("a seed that is given twice would be one image: every seed once")
     out = Path(out)
+    _claim(out, identity | ({"shard": shard} if shard else {}), world, replace)
+    here = {file.relative_to(out).as_posix() for file in out.rglob("*.*")} if world.rank == 0 else None
+    there = world.gather(here)[0]  # of all ranks one list, so that they divide the same work
+    parts = seeds.split(shard or len(seeds))
+    missing = [_missing(part, there) for part in parts]
+
+    def write(seed: int, image: torch.Tensor) -> None:
+        with atomic(out / image_name(seed)) as partial:
+            partial.write_bytes(encode_png(image))
+
+    with (
+        progress(len(seeds), "img", "generate", world.rank, len(seeds) - sum(map(len, missing))) as bar,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        for part, todo in zip(parts, missing):
+            for chosen in batches_of(len(todo), world.rank, world.size, batch):
+                images = sample(todo[chosen]).cpu()
+                list(pool.map(write, todo[chosen].tolist(), images))
+                bar.update(len(images) * world.size)
+            world.barrier()
+            if shard and world.rank == 0:
+                _pack(out, part, there)
+    if world.rank == 0:
+        _write_labels(out, seeds, [labels(part) for part in seeds.split(batch)])
+
+
+def _claim(out: Path, identity: dict, world: World, replace: bool) -> None:
+    """Make `out` the folder of this set. Raises NeonError if it holds anything else."""
     record = out / "generate.json"
     world.barrier()
     if replace and world.rank == 0 and record.exists() and read_json(record) != identity:
@@ -49,30 +81,39 @@ def generate(
     world.barrier()
     if world.rank == 0:
         write_json(record, identity)
-    names = [image_name(seed) for seed in seeds.tolist()]
-    todo = torch.tensor([i for i, name in enumerate(names) if not (out / name).exists()], dtype=torch.int64)
-    world.barrier()  # all ranks have listed what is missing before any of them writes
-
-    def write(name: str, image: torch.Tensor) -> None:
-        with atomic(out / name) as partial:
-            partial.write_bytes(encode_png(image))
-
-    with (
-        progress(len(seeds), "img", "generate", world.rank, len(seeds) - len(todo)) as bar,
-        ThreadPoolExecutor(4) as pool,
-    ):
-        for part in shard(len(todo), world.rank, world.size, batch):
-            chosen = todo[part]
-            images = sample(seeds[chosen]).cpu()
-            list(pool.map(write, [names[i] for i in chosen], images))
-            bar.update(len(chosen) * world.size)
     world.barrier()
-    if world.rank == 0:
-        with atomic(out / "dataset.json") as partial:
-            found = [labels(part) for part in seeds.split(batch)]
-            pairs = (
-                None
-                if any(part is None for part in found)
-                else [list(pair) for pair in zip(names, torch.cat(found).tolist())]
-            )
-            partial.write_text(json.dumps({"labels": pairs}))
+
+
+def _archive(part: torch.Tensor) -> str:
+    """Name of the .zip of these seeds."""
+    return f"{part[0]:08d}.zip"
+
+
+def _missing(part: torch.Tensor, there: set[str]) -> torch.Tensor:
+    """The seeds of a part that have no image: neither a file of their own nor the .zip of the part is there."""
+    if _archive(part) in there:
+        return part[:0]
+    return part[[image_name(seed) not in there for seed in part.tolist()]]
+
+
+def _pack(out: Path, part: torch.Tensor, there: set[str]) -> None:
+    """Move the images of these seeds into their .zip, if a run before has not; there: what that run left."""
+    names = [image_name(seed) for seed in part.tolist()]
+    if _archive(part) in there:
+        names = [name for name in names if name in there]  # killed before it had deleted these
+    else:
+        with atomic(out / _archive(part)) as partial, zipfile.ZipFile(partial, "w") as archive:
+            for name in names:
+                archive.writestr(zipfile.ZipInfo(name), (out / name).read_bytes())  # no date: equal sets, equal bytes
+    for name in names:
+        (out / name).unlink()
+
+
+def _write_labels(out: Path, seeds: torch.Tensor, labels: Sequence[torch.Tensor | None]) -> None:
+    """Folders without images go, dataset.json comes. labels: in parts, in the order of the seeds; None has none."""
+    for folder in (path for path in out.iterdir() if path.is_dir() and not any(path.iterdir())):
+        folder.rmdir()
+    names = [image_name(seed) for seed in seeds.tolist()]
+    pairs = None if any(part is None for part in labels) else list(zip(names, torch.cat(list(labels)).tolist()))
+    with atomic(out / "dataset.json") as partial:
+        partial.write_text(json.dumps({"labels": pairs}))

@@ -112,7 +112,12 @@ def parse_seeds(text: str) -> torch.Tensor:
     return torch.cat(ranges)
 
 
+def part_of(n: int, rank: int, world_size: int) -> slice:
+    """The part of range(n) that a rank works on: parts differ by one at most, and some are empty if n < world_size."""
+    return slice(n * rank // world_size, n * (rank + 1) // world_size)
+
+
 def shard(n: int, rank: int, world_size: int, batch: int) -> list[slice]:
     """The batches of rank: contiguous slices of at most `batch` that cover its part of range(n)."""
-    start, stop = n * rank // world_size, n * (rank + 1) // world_size
-    return [slice(i, min(i + batch, stop)) for i in range(start, stop, batch)]
+    part = part_of(n, rank, world_size)
+    return [slice(i, min(i + batch, part.stop)) for i in range(part.start, part.stop, batch)]

@@ -20,6 +20,7 @@ from neon.dropout import masks_of
 from neon.family import Family, Recipe, rows_of
 from neon.files import discard, progress
 from neon.precision import autocast
+from neon.sampling import part_of
 from neon.weights.checkpoint import open_weights, save_safetensors
 
 STATE = "state.safetensors"
@@ -48,23 +49,23 @@ def train(
     save_every: int | None = None,
     origin: Mapping[str, object] | None = None,
     replace: bool = False,
+    raw: bool = False,
 ) -> list[Path]:
     """Train `model` on `data` for recipe.budget images and return the paths of the snapshots.
 
     Written to `out`: snapshot-<images>.safetensors, the weights that are sampled from and merged (the moving average if
-    the recipe has one, else the raw weights), raw-<images>.safetensors where there is an average, log.jsonl, and
-    state.safetensors, from which an interrupted run resumes; before the first step and after the last it holds no
-    tensors, only the run's identity: recipe, seed, device kind, data size and `origin` (say, the sha256 of the base).
+    the recipe has one, else the raw weights), log.jsonl, and state.safetensors, from which an interrupted run resumes;
+    before the first step and after the last it holds no tensors, only the run's identity: recipe, seed, device kind,
+    data size and `origin` (say, the sha256 of the base).
 
-    micro_batch: images per forward pass and process (default all of the process's share);
+    micro_batch: images per forward pass and process (default all of the process's share; a step is divided over the
+    processes as evenly as it goes);
     save_every: images between states (default recipe.snapshot);
-    replace: delete another run that is there. Raises NeonError if the folder holds another run or
-    anything else, if the batch does not divide over the processes, or if weights or loss are not finite (the last
-    snapshot stays).
+    raw: where there is an average, also write raw-<images>.safetensors, the weights themselves;
+    replace: delete another run that is there. Raises NeonError if the folder holds another run or anything else, or if
+    weights or loss are not finite (the last snapshot stays).
     """
     out = Path(out)
-    if recipe.batch % world.size:
-        raise NeonError(f"batch {recipe.batch} does not divide over {world.size} processes")
     family.check(model, data.shape, data.labels)
     network = family.weights(model).train().requires_grad_(True)
     params = dict(network.named_parameters())
@@ -85,11 +86,14 @@ def train(
         if world.rank == 0:
             _save(out / STATE, identity, 0)  # from now on the folder is this run's
 
-    share = recipe.batch // world.size
+    mine = part_of(recipe.batch, world.rank, world.size)
+    idle = mine.start == mine.stop  # more processes than images: computes an image that counts 0, to have gradients
+    mine = slice(0, 1) if idle else mine
+    share = mine.stop - mine.start
     order = islice(ORDERS[recipe.order](len(data), seed), images, None)
-    stream = batches(data, order, recipe.batch, world.rank, world.size)
+    stream = batches(data, order, recipe.batch, mine)
     generator = torch.Generator(world.device)
-    first, micro_batch = world.rank * share, micro_batch or share
+    micro_batch = micro_batch or share
     log = _Log(out / "log.jsonl", images, world, every=max(recipe.budget // recipe.batch // 100, 1) * recipe.batch)
     metadata = family.metadata(model) | {"data_images": str(len(data))}
     with progress(recipe.budget, "img", "train", world.rank, images) as bar:
@@ -105,10 +109,11 @@ def train(
                 part = slice(start, min(start + micro_batch, share))
                 x = pixels[part].to(world.device, non_blocking=True)
                 y = None if labels is None else labels[part].to(world.device, non_blocking=True)
-                own = slice(first + part.start, first + part.stop)
+                own = slice(mine.start + part.start, mine.start + part.stop)
+                weight = 0 if idle else len(x) * world.size / recipe.batch  # gradients are averaged over processes
                 with autocast(world.device, recipe.precision), masks_of(streams[own], world.device):
                     drawn = rows_of(draws, own.start, own.stop, recipe.batch)
-                    loss = family.loss(model, x, y, drawn, **recipe.loss) * (len(x) / share)
+                    loss = family.loss(model, x, y, drawn, **recipe.loss) * weight
                 scaler.scale(loss).backward()
                 total += loss.detach()
             norm = _step(params, optimizer, scaler, recipe, world)
@@ -123,7 +128,7 @@ def train(
             if last or due[0]:
                 _check_finite(params, images, out)
                 if world.rank == 0:
-                    _write_snapshot(out, images, network, ema, metadata | {"images": str(images)})
+                    _write_snapshot(out, images, network, ema, metadata | {"images": str(images)}, raw)
             if world.rank == 0 and (last or any(due)):
                 tensors = None if last else _state(params, ema, optimizer)
                 _save(out / STATE, identity, images, tensors, scaler.state_dict())
@@ -190,9 +195,9 @@ def _last_good(out: Path) -> str:
     return "there is no snapshot yet" if last == out else f"the last good snapshot is {last}"
 
 
-def _write_snapshot(out: Path, images: int, network: torch.nn.Module, ema, metadata: dict[str, str]) -> None:
+def _write_snapshot(out: Path, images: int, network: torch.nn.Module, ema, metadata: dict[str, str], raw: bool) -> None:
     state = network.state_dict()
-    if ema is not None:
+    if raw and ema is not None:
         save_safetensors(out / snapshot_name(images, "raw"), state, metadata)
     save_safetensors(out / snapshot_name(images), state | (ema or {}), metadata)
 

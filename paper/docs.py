@@ -46,6 +46,7 @@ def column(family: Family, name: str, row: Preset) -> dict[str, str]:
         "recipe": f"`{row.recipe}`",
         "batch, lr": f"{recipe.batch}, {recipe.lr:g}".replace("e-0", "e-"),
         "budget, snapshot every": f"{images(recipe.budget)}, {images(recipe.snapshot)} images",
+        "snapshot kept every": f"{images(row.snapshot)} images" if row.snapshot else "–",
         "lr rises over": f"{images(recipe.ramp)} images" if recipe.ramp else "–",
         "EMA": average(recipe),
         "further options": options({**recipe.network, **recipe.loss}) or "–",

@@ -3,6 +3,7 @@
 The part above the marker is written by hand and stays.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,20 +14,23 @@ from neon.cli import command_line
 from neon.family import FAMILIES, Preset, get_family
 from neon.fetch import read_table
 from neon.files import atomic
+from neon.search import parse_grid
 
 ROOT = Path(__file__).parent.parent
 MARKER = "# Below: written by `python -m paper.params` from PRESETS of the families. Change numbers there.\n"
 MODELS = """\
 # θ_r → S → θ_s. `decoder`: what turns latents into pixels; for models of pixels, their own file. `batch_size`: images
 # per forward pass and process. `synthetic`: the seeds of S. `compute`, `train`: further options of `neon generate` and
-# of `neon selftrain`; batch, lr, budget, … in `train` would change the recipe.
+# of `neon selftrain`; batch, lr, budget, … in `train` would change the recipe. `snapshot`: images between the snapshots
+# that are kept.
 """
 POINTS = """\
-# θ_r, θ_s → the best w (and guidance) → FID. `search`: options of `neon search`; a row of w ends when FID exceeds its
-# best by `stop`. `paper`: what the paper reports, and its lines in Table A.1.
+# θ_r, θ_s → the best w (and guidance) → FID. `values`: the grid of w (and of guidance); its ends are the range in which
+# the surface looks. `sets`: how many of the sets of images in `seeds` are measured. `paper`: what the paper reports,
+# and its lines in Table A.1.
 """
 ABLATIONS = """\
-# The models that the ablations vary. `made_with`: the usual sampling of S; `sampling`, `search`: of evaluations.
+# The models that the ablations vary. `made_with`: the usual sampling of S; `sampling`, `values`: of evaluations.
 """
 RELEASED = """\
 # The released checkpoints, with the options behind the paper's number; _readme: with those of the released README,
@@ -57,41 +61,62 @@ def models(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
             "sampling": dict(row.made_with),
             "compute": {"precision": row.precision} if row.precision else {},
             "recipe": row.recipe,
-            "train": {"micro_batch": row.micro_batch},
+            "train": {"micro_batch": row.micro_batch} | ({"snapshot": row.snapshot} if row.snapshot else {}),
         }
         for name, (family, row) in rows.items()
     }
 
 
 def points(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
-    """What differs from the model of each point; '<<' names that model."""
     return {
         name: {
-            "<<": model_of(name, row),
+            **sampled(family, row),
+            "base": row.base,
+            "decoder": row.vae or row.base,
             "model": model_of(name, row),
             "sampling": row.fixed,
-            "search": {"w": row.w} | ({"grid": row.grid} if row.grid else {}) | {"stop": row.stop},
-            "paper": {
-                "base": row.fid[0],
-                "neon": row.fid[1],
-                "w": row.best_w,
-                "guidance": row.sampling.get(row.searched),
-                "table": row.reference,
-                "kind": row.kind,
-                "rows": list(row.rows),
-            },
+            "values": values(row),
+            "sets": row.sets,
+            "paper": known(
+                base=row.fid[0],
+                neon=row.fid[1],
+                w=row.best_w,
+                guidance=row.sampling.get(row.searched),
+                table=row.reference,
+                kind=row.kind,
+                rows=known(base=row.rows[0], neon=row.rows[1]),
+            ),
         }
-        for name, (_, row) in rows.items()
+        for name, (family, row) in rows.items()
     }
 
 
+def sampled(family: str, row: Preset) -> dict[str, object]:
+    """What evaluations of a base, of its merges and of a released model have in common."""
+    return {"family": family, "reference": row.reference, "batch_size": row.batch_size}
+
+
+def values(row: Preset) -> dict[str, str]:
+    """The grid as the command line takes it. Lists, for YAML 1.1 reads 0:3:0.25 without quotes as a time of day."""
+    option, _, grid = row.grid.partition("=")
+    return {"w": listed(row.w)} | ({"grid": f"{option}={listed(grid)}"} if grid else {})
+
+
+def listed(grid: str) -> str:
+    return ",".join(f"{value:g}" for value in parse_grid(grid))
+
+
+def known(**fields) -> dict[str, object]:
+    """The fields that have a value."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def released(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
-    """The same for each released checkpoint."""
+    """The evaluation of each released checkpoint."""
     return {
-        name + suffix: {"<<": model_of(name, row), "checkpoint": row.released}
-        | ({} if row.vae else {"decoder": row.released})
-        | {"sampling": dict(sampling)}
-        for name, (_, row) in rows.items()
+        name + suffix: sampled(family, row)
+        | {"checkpoint": row.released, "decoder": row.vae or row.released, "sampling": dict(sampling)}
+        for name, (family, row) in rows.items()
         for suffix, sampling in (("", row.sampling), ("_readme", row.readme))
         if row.released and sampling
     }
@@ -117,23 +142,24 @@ def ablations(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
             **{key: model[name][key] for key in ("base", "decoder", "batch_size", "synthetic", "compute")},
             "made_with": model[name]["sampling"],
             **{key: model[name][key] for key in ("recipe", "train")},
-            **{key: point[name][key] for key in ("sampling", "search")},
+            **{key: point[name][key] for key in ("sampling", "values")},
         }
         for own, name in needed.items()
     }
 
 
-def inline(value) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).split("\n")[0]
+def section(comment: str, name: str, items: Mapping[str, Mapping]) -> str:
+    """A section of the file as DVC writes YAML: what `dvc exp run -S` does not change stays as it is, line by line.
+
+    No anchors: DVC would merge them back into a value that -S has changed.
+    """
+    text = yaml.safe_dump({name: plain(items)}, allow_unicode=True, width=10**6, sort_keys=False)
+    return f"\n{comment}{text}"
 
 
-def section(comment: str, name: str, items: Mapping[str, Mapping], anchors: bool = False) -> str:
-    """A section of the file as YAML, one line per field."""
-    text = f"\n{comment}{name}:\n"
-    for key, fields in items.items():
-        text += f"  {key}:" + (f" &{key}\n" if anchors else "\n")
-        text += "".join(f"    {k}: {f'*{value}' if k == '<<' else inline(value)}\n" for k, value in fields.items())
-    return text
+def plain(value):
+    """Nested mappings and sequences as dicts and lists."""
+    return json.loads(json.dumps(value, default=dict))
 
 
 def of_paper(head: str) -> str:
@@ -142,7 +168,7 @@ def of_paper(head: str) -> str:
     fetched = "".join(f"  {name}: {path}\n" for name, path in files(rows, references).items())
     return (
         f"\n# Fetched one by one as stages need them.\nfiles:\n{fetched}"
-        + section(MODELS, "models", models(rows), anchors=True)
+        + section(MODELS, "models", models(rows))
         + section(POINTS, "points", points(rows))
         + section(RELEASED, "released", released(rows))
     )

@@ -1,18 +1,22 @@
 """Rows of results → what `dvc metrics show` and `dvc plots show` read.
 
 python -m report.metrics metrics ROWS OUT.json    role → FID and the other metrics, with w and guidance
-python -m report.metrics curve   ROWS OUT.csv     the best row at each w, whatever its B and guidance
+python -m report.metrics curve   ROWS OUT.csv     the best row at each w, whatever its B and guidance; ROWS may be the
+                                                  .curve.csv of a search by surface
+python -m report.metrics summary SUMMARY.csv OUT.json    family → what report.tables found of its first setting
 """
 
 import argparse
+from collections.abc import Sequence
 
 import pandas as pd
 
 from neon import NeonError
 from neon.cli import command_line
-from neon.files import atomic, write_json
+from neon.files import atomic, existing, write_json
 from report.tables import rows_of, table_of
 
+SUMMARY = ["fid_base", "fid_neon", "fid_selftrained", "gain", "w_star"]
 METRICS = ("fid", "fid_se", "is", "precision", "recall")
 
 
@@ -35,15 +39,37 @@ def curve(table: pd.DataFrame) -> pd.DataFrame:
     return best[[name for name in ("w", *METRICS, "cfg", "budget") if name in best]].dropna(axis="columns", how="all")
 
 
+def summary(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Family → FIDs, gain and w* of a summary.csv."""
+    lines = table.set_index("family")[SUMMARY]
+    return {family: line.dropna().to_dict() for family, line in lines.iterrows()}
+
+
+def read_csv(path: str, columns: Sequence[str]) -> pd.DataFrame:
+    """The table of a file that has these columns. Raises NeonError."""
+    try:
+        table = pd.read_csv(existing(path))
+    except ValueError:  # of pandas and of decoding
+        table = pd.DataFrame()
+    if missing := [name for name in columns if name not in table]:
+        raise NeonError(f"{path}: no table with a column {missing[0]}")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["metrics", "curve"])
-    parser.add_argument("rows", help="what `neon search`, `neon final` or `neon evaluate` wrote")
+    parser.add_argument("kind", choices=["metrics", "curve", "summary"])
+    parser.add_argument("rows", help="what `neon search`, `neon final`, `neon evaluate` or report.tables wrote")
     parser.add_argument("out", help=".json or .csv")
     args = parser.parse_args()
-    table = table_of(rows_of(args.rows, final=args.kind == "metrics"))
-    if args.kind == "metrics":
-        write_json(args.out, metrics(table))
+    if args.kind == "summary" or args.rows.endswith(".csv"):
+        table = read_csv(
+            args.rows, {"metrics": ["role"], "curve": ["w", "fid"], "summary": ["family", *SUMMARY]}[args.kind]
+        )
+    else:
+        table = table_of(rows_of(args.rows, final=args.kind == "metrics"))
+    if args.kind != "curve":
+        write_json(args.out, {"metrics": metrics, "summary": summary}[args.kind](table))
     else:
         text = curve(table).to_csv(index=False, float_format="%.6g")
         with atomic(args.out) as partial:

@@ -5,6 +5,7 @@ Takes the results that there are; the others are 'not measured'.
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -32,28 +33,75 @@ TITLES = {
     "imagenet512": "(d) ImageNet-512",
 }
 NOT_MEASURED = "not measured"
+RERUN = ["fid_rerun", "fid_rerun_se", "fid_rerun_min"]
+METRICS = ["fid", "is", "precision", "recall", "kid"]
 
 
-def found(folder: Path, kind: str, names) -> dict[str, list[dict]]:
-    """Name → the rows of its file; names without a file are left out."""
-    paths = {name: next(folder.glob(f"rows/{kind}/{name}.json*"), None) for name in names}
-    return {name: rows_of(path, final=kind == "final") for name, path in paths.items() if path}
+def found(folder: Path, kind: str, params: dict) -> dict[str, list[dict]]:
+    """Name → the rows of its files, each with the seed of its fine-tune; names without a file are left out.
+
+    The files of the seeds in params: rows/released/<name>.json, rows/search/<name>/<seed>.jsonl,
+    rows/final/<name>/<seed>/<images>.jsonl. Others are of earlier values of these.
+    """
+    root, seeds = folder / "rows" / kind, params["seeds"]
+    sets, rows = [seeds["final"], *seeds["more"].split()], {}
+    for name, item in params["released" if kind == "released" else "points"].items():
+        for seed in str(seeds["selftrain"]).split():
+            files = {
+                "released": [f"{name}.json"],
+                "search": [f"{name}/{seed}.jsonl"],
+                "final": [f"{name}/{seed}/{images}.jsonl" for images in sets[: item.get("sets")]],
+            }[kind]
+            for file in (root / file for file in files if (root / file).exists()):
+                of_file = rows_of(file, final=kind == "final")
+                rows.setdefault(name, []).extend({**row, "seed": int(seed)} for row in of_file)
+    return rows
+
+
+def over_sets(rows: pd.DataFrame) -> pd.DataFrame:
+    """Final rows of one point → one row per role and fine-tune: means over its sets of images.
+
+    `sets`: how many they are; `fid_min`: the least FID; `fid_se`: the standard error of the mean if they are several.
+    """
+    numbers = [name for name in METRICS if name in rows]
+    groups = rows.groupby(["role", "seed"], sort=False)
+    table = groups.first().assign(**groups[numbers].mean(), fid_min=groups["fid"].min(), sets=groups.size())
+    return table.assign(fid_se=groups["fid"].sem().fillna(table.get("fid_se", math.nan))).reset_index()
+
+
+def complete(rows: pd.DataFrame) -> list[dict]:
+    """The rows of `over_sets` of fine-tunes that have all roles."""
+    return rows[rows.groupby("seed")["role"].transform("nunique") == len(ROLES)].to_dict("records")
+
+
+def over_seeds(rows: pd.DataFrame) -> dict[str, float | None]:
+    """Rows of `over_sets` of one role → the columns of the measured FID.
+
+    The standard error is that over fine-tunes if they are several, else that over sets of images, else None. The
+    minimum is the least of a fine-tune's sets, as a mean over fine-tunes; None if they have one set each.
+    """
+    several = len(rows) > 1 or rows["sets"].max() > 1
+    error = rows["fid"].sem() if len(rows) > 1 else rows["fid_se"].iloc[0]
+    least = rows["fid_min"].mean() if rows["sets"].max() > 1 else None
+    return {"fid_rerun": rows["fid"].mean(), "fid_rerun_se": error if several else None, "fid_rerun_min": least}
 
 
 def table_a1(paper: pd.DataFrame, params: dict, final: dict, released: dict) -> pd.DataFrame:
-    """One line per number of the paper. fid_released: of the released checkpoint; fid_rerun: of the recipe rerun."""
+    """One line per number of the paper. fid_released: of the released checkpoint; fid_rerun: of the recipe rerun, with
+    its standard error and its minimum, see `over_seeds`."""
     lines = paper.melt(["benchmark", "type", "model", "nfe"], ["fid_uncond", "fid_cond"], "kind", "fid_paper")
-    lines = lines[lines["fid_paper"].notna()].assign(fid_released=None, fid_rerun=None)
+    lines = lines[lines["fid_paper"].notna()].assign(**dict.fromkeys(["fid_released", *RERUN]))
     lines["kind"] = lines["kind"].str.removeprefix("fid_")
     order = {name: i for i, name in enumerate(zip(paper["benchmark"], paper["model"]))}
     for name, point in params["points"].items():
         place = point["paper"]
-        measured = {row["role"]: row["fid"] for row in final.get(name, [])}
+        rows = over_sets(pd.DataFrame(final[name])) if name in final else pd.DataFrame(columns=["role"])
+        measured = {role: over_seeds(part) for role, part in rows.groupby("role")}
         there = (lines["benchmark"] == place["table"]) & (lines["kind"] == place["kind"])
-        for model, role in zip(place["rows"], ("base", "neon")):
+        for role, model in place["rows"].items():
             where = there & (lines["model"] == model)
-            if role in measured:
-                lines.loc[where, "fid_rerun"] = measured[role]
+            for column, value in measured.get(role, {}).items():
+                lines.loc[where, column] = value
             if role == "neon" and name in released:
                 lines.loc[where, "fid_released"] = released[name][0]["fid"]
     lines["order"] = [order[name] for name in zip(lines["benchmark"], lines["model"])]
@@ -63,7 +111,9 @@ def table_a1(paper: pd.DataFrame, params: dict, final: dict, released: dict) -> 
 def ours(lines: pd.DataFrame, params: dict) -> pd.Series:
     """Which lines this project can measure."""
     known = {
-        (p["paper"]["table"], m, p["paper"]["kind"]) for p in params["points"].values() for m in p["paper"]["rows"]
+        (p["paper"]["table"], model, p["paper"]["kind"])
+        for p in params["points"].values()
+        for model in p["paper"]["rows"].values()
     }
     return pd.Series([key in known for key in zip(lines["benchmark"], lines["model"], lines["kind"])], lines.index)
 
@@ -71,14 +121,17 @@ def ours(lines: pd.DataFrame, params: dict) -> pd.Series:
 def as_markdown(lines: pd.DataFrame, params: dict) -> str:
     """The four parts for reading; lines of other methods have no entry."""
     lines = lines.assign(nfe=lines["nfe"].map(lambda n: "" if pd.isna(n) else f"{n:g}"), measurable=ours(lines, params))
-    for column in ("fid_released", "fid_rerun"):
-        shown = lines[column].map(lambda fid: NOT_MEASURED if pd.isna(fid) else f"{fid:.2f}")
-        lines[column] = shown.where(lines["measurable"], "")
+    shown = {column: lines[column].map(lambda fid: f"{fid:.2f}", na_action="ignore") for column in RERUN}
+    shown = {"fid_released": lines["fid_released"].map(lambda fid: f"{fid:.2f}", na_action="ignore")} | shown
+    for column, before in (("fid_rerun_se", " ± "), ("fid_rerun_min", ", min ")):
+        shown["fid_rerun"] += (before + shown.pop(column)).fillna("")
+    for column, texts in shown.items():
+        lines[column] = texts.fillna(NOT_MEASURED).where(lines["measurable"], "")
     lines.loc[lines["type"] != "Neon", "fid_released"] = ""
     names = {"fid_paper": "paper", "fid_released": "released checkpoint", "fid_rerun": "recipe rerun"}
     parts = []
     for benchmark, title in TITLES.items():
-        part = lines[lines["benchmark"] == benchmark].drop(columns=["benchmark", "measurable"])
+        part = lines[lines["benchmark"] == benchmark].drop(columns=["benchmark", "measurable", *RERUN[1:]])
         part["fid_paper"] = part["fid_paper"].map("{:.2f}".format)
         parts.append(f"**{title}**, FID\n\n{markdown(part.rename(columns=names))}")
     return "\n".join(parts)
@@ -90,17 +143,16 @@ def reruns(final: pd.DataFrame) -> str:
 
 
 def all_rows(found: dict[str, list[dict]]) -> pd.DataFrame:
-    """The rows of all names as one table; the paper has one seed."""
-    return table_of({**row, "setting": name, "seed": 0} for name, rows in found.items() for row in rows)
+    """The rows of all names as one table."""
+    return table_of({**row, "setting": name} for name, rows in found.items() for row in rows)
 
 
 def main(out: Path) -> None:
     """Write the tables of the folder of results `out`, which has rows/ in it."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    search, final = (found(out, kind, params["points"]) for kind in ("search", "final"))
-    finished = all_rows({name: rows for name, rows in final.items() if {row["role"] for row in rows} >= set(ROLES)})
-    paper, released = pd.read_csv(ROOT / "paper" / "table_a1.csv"), found(out, "released", params["released"])
-    lines = table_a1(paper, params, final, released)
+    search, final, released = (found(out, kind, params) for kind in ("search", "final", "released"))
+    finished = all_rows({name: complete(over_sets(pd.DataFrame(rows))) for name, rows in final.items()})
+    lines = table_a1(pd.read_csv(ROOT / "paper" / "table_a1.csv"), params, final, released)
     tables = {
         "table_a1.csv": lines.to_csv(index=False, float_format="%.6g"),
         "table_a1.json": lines.to_json(orient="records", indent=1),

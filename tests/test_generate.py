@@ -1,6 +1,8 @@
 """The synthetic set: the same files however they were made, and no other set overwritten."""
 
 import json
+import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,63 @@ def test_any_batch_size(mini, unbroken, tmp_path, batch_size):
 def test_two_processes(mini, unbroken, tmp_path):
     torchrun(2, "edm/generate_dataset.py", *command(mini, tmp_path / "S")[3:])
     assert files(tmp_path / "S") == files(unbroken)
+
+
+# ---------------------------------------------------------------- as .zip files
+
+
+@pytest.fixture(scope="module")
+def sharded(mini, tmp_path_factory):
+    """The same set, 20 images per .zip."""
+    out = tmp_path_factory.mktemp("sharded") / "S"
+    neon(*command(mini, out), "--shard", 20)
+    return out
+
+
+def test_shards_are_the_same_set(unbroken, sharded):
+    assert sorted(files(sharded)) == ["00000990.zip", "00001010.zip", "00001030.zip", "dataset.json", "generate.json"]
+    one, other = ImageSet(unbroken), ImageSet(sharded)
+    assert one.names == other.names and torch.equal(one.labels, other.labels)
+    assert torch.equal(one.images(range(50)), other.images(range(50)))
+    assert len(ImageSet(sharded / "00001030.zip")) == 10  # each is a set that EDM's code reads
+    with zipfile.ZipFile(sharded / "00000990.zip") as archive:
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+
+
+def test_shards_of_two_processes(mini, sharded, tmp_path):
+    torchrun(2, "edm/generate_dataset.py", *command(mini, tmp_path / "S", batch_size=7)[3:], "--shard", 20)
+    assert files(tmp_path / "S") == files(sharded)
+
+
+def test_shards_killed_and_started_again(mini, sharded, tmp_path):
+    """Between two images; and after a .zip was written, before the last of its images was deleted."""
+    out = tmp_path / "S"
+    making = [*command(mini, out, batch_size=1), "--shard", 20]
+    kill_when(lambda: (out / "00000990.zip").exists() and len(list(out.glob("00001/*.png"))) >= 3, start(*making))
+    kept = (out / "00000990.zip").stat().st_mtime_ns
+    assert not (out / "dataset.json").exists()
+    with pytest.raises(NeonError, match="not finished"):
+        ImageSet(out)
+    (out / "00000").mkdir(exist_ok=True)
+    (out / "00000" / "img00000991.png").write_bytes(b"left")
+    finish(start(*making))
+    assert files(out) == files(sharded) and (out / "00000990.zip").stat().st_mtime_ns == kept
+    neon(*making)
+    assert files(out) == files(sharded)
+
+
+def test_shards_are_part_of_what_a_set_is(mini, sharded):
+    assert "holds another set (shard differs)" in error_of(*command(mini, sharded))
+
+
+def test_damaged_shards(sharded, tmp_path):
+    shutil.copytree(sharded, tmp_path / "S")
+    (tmp_path / "S" / "00001010.zip").write_bytes(b"PK")
+    with pytest.raises(NeonError, match=r"00001010\.zip: not a zip file"):
+        ImageSet(tmp_path / "S")
+
+
+# ---------------------------------------------------------------- killed
 
 
 def test_killed_and_started_again(mini, unbroken, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import difflib
 import json
 import os
 import re
@@ -21,11 +22,12 @@ import pytest
 import torch
 import yaml
 from pickle_writer import EDM_CLASSES, write_persistent_pickle
-from processes import BIN, ROOT
+from processes import BIN, ROOT, free_port
 
 from neon import NeonError
 from neon.cli.options import sampling_options
 from neon.cli.parser import parse
+from neon.data import ImageSet
 from neon.family import FAMILIES, get_family
 from neon.fetch import choose, read_table
 from neon.sampling import parse_seeds
@@ -93,9 +95,10 @@ def stages():
 
 
 def commands(stage) -> list[list[str]]:
-    """What follows `neon` in the commands of a stage."""
+    """What follows `neon` in the commands of a stage; of a loop over fine-tunes, the first."""
     lines = stage.cmd if isinstance(stage.cmd, list) else [stage.cmd]
-    return [shlex.split(line.partition("-m neon.cli ")[2]) for line in lines if "-m neon.cli " in line]
+    found = [re.search(r"-m neon\.cli (.*?)( \|\| exit.*)?$", line) for line in lines]
+    return [shlex.split(match[1].replace("$seed", "0")) for match in found if match]
 
 
 def test_the_ablations_stand_on_the_main_graph(stages):
@@ -118,7 +121,7 @@ def test_the_ablations_run_as_their_models_do(stages):
         models = {"cross": "edm_cifar10_uncond", "part": "edm_cifar10_cond", "guidance": "var_d16"}
         if "ablations" not in name or figure not in models:
             continue
-        also = {"guidance": {"cfg", "seeds"}, "part": {"w", "stop"}, "cross": {"w", "stop"}}[figure]
+        also = {"guidance": {"cfg", "seeds"}, "part": {"w", "seeds"}, "cross": {"w", "seeds"}}[figure]
         for words in commands(stage):
             if words[0] == "train":
                 continue
@@ -128,6 +131,40 @@ def test_the_ablations_run_as_their_models_do(stages):
             assert differ <= varied | also, (name, words[0], differ)
             if words[0] == "generate" and figure == "guidance":
                 assert found["cfg"] == float(item) and found["seeds"] == "0-89999"
+
+
+EVERY = {"launch=python", "search.evaluations=6", "seeds.selftrain='0 1'"}  # each of these changes many commands
+OVERRIDES = {  # what -S sets → the stages whose commands it changes
+    "launch=python": {"generate@imm", "reference@cifar10", "samples@imm_t1", "search@xar_b"},
+    "search.evaluations=6": {"search@imm_t1", "search@edm_ffhq64"},
+    "seeds.selftrain='0 1'": {"selftrain@imm", "search@imm_t1", "final@imm_t1"},
+    "+references.cifar10.real.images=mine.zip": {"reference@cifar10"},
+    "models.imm.train.micro_batch=8": {"selftrain@imm"},
+    "models.var_d16.sampling.cfg=1.5": {"generate@var_d16"},
+    "points.var_d16.sampling.top_k=600": {"search@var_d16", "final@var_d16"},
+    "points.xar_b.values.w='0,1'": {"search@xar_b"},
+    "released.xar_l.batch_size=1": {"released@xar_l"},
+    "files.var_d36=checkpoints/mine.pth": {"fetch@var_d36"},
+}
+
+
+@pytest.mark.parametrize("overrides", [*([key] for key in sorted(EVERY)), sorted(OVERRIDES.keys() - EVERY)], ids=len)
+def test_dvc_exp_run_changes_what_it_should(stages, tmp_path, overrides):
+    """`dvc exp run -S KEY=VALUE`: these commands change, no others, and one line of params.yaml for each key."""
+    from dvc.repo import Repo
+    from dvc.utils.hydra import apply_overrides
+
+    changed = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", changed)
+    apply_overrides(changed, overrides)
+    lines = [path.read_text().splitlines() for path in (ROOT / "params.yaml", changed)]
+    removed = [line for line in difflib.unified_diff(*lines, n=0, lineterm="") if re.match(r"-(?!--)", line)]
+    assert len(removed) == len(overrides)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    now = {stage.name: stage.cmd for stage in Repo.init(tmp_path, no_scm=True).index.stages}
+    found = {name for name, command in now.items() if command != stages[name].cmd}
+    wanted = set().union(*(OVERRIDES[override] for override in overrides))
+    assert found == wanted or (found > wanted and overrides[0] in EVERY)
 
 
 def test_no_code_is_a_dependency_of_what_is_measured(stages):
@@ -153,8 +190,8 @@ def test_every_file_can_be_fetched_and_every_dependency_has_a_stage():
     assert all(len(choose(rows, [path])) == 1 for path in PARAMS["files"].values())
     made = {*PARAMS["files"].values(), *(r["statistics"] for r in PARAMS["references"].values())}
     for item in (*MODELS.values(), *POINTS.values(), *RELEASED.values()):
-        assert item["base"] in made and item["reference"] in PARAMS["references"]
-        assert item.get("checkpoint", item["base"]) in made
+        assert item["reference"] in PARAMS["references"]
+        assert item.get("checkpoint") in made or item["base"] in made
         decoder = item["decoder"]
         assert decoder in made or any(path.startswith(decoder + "/") for path in made)
     assert {r["path"] for r in rows if r["group"] == "released"} == {r["checkpoint"] for r in RELEASED.values()}
@@ -176,16 +213,30 @@ def test_presets_name_what_exists(name):
     assert MODELS[model] == item  # rows that share S and θ_s say the same of them
 
 
+NONE = (0, 0)
+RANGES = {  # of w and of γ in the paper
+    "edm_cifar10_cond": [(0, 3), NONE],
+    "edm_cifar10_uncond": [(0, 3), NONE],
+    "edm_ffhq64": [(0, 3), NONE],
+    "flow_cifar10": [(0, 3), NONE],
+    "xar_b": [(0, 3), (2.7, 5)],
+    "xar_l": [(0, 3), (2.3, 5)],
+    "var_d16": [(0, 2), (1.25, 4)],
+    "var_d36": [(0, 2), (2, 4.5)],
+    "imm": [(0, 5.2), (1, 3)],
+}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_searches_cover_what_the_paper_found(name):
     family, preset = PRESETS[name]
-    weights = parse_grid(preset.w)
-    assert weights[0] == 0 and (preset.best_w is None or preset.best_w in weights)
+    weights, guidances = parse_grid(preset.w), parse_grid(preset.grid.partition("=")[2] or "0")
+    assert preset.best_w is None or preset.best_w in weights
+    assert (weights == sorted(weights)) and guidances == sorted(guidances)
+    assert [(weights[0], weights[-1]), (guidances[0], guidances[-1])] == RANGES[preset.trained_as or name]
     if preset.grid:
         assert preset.searched in {field.name for field in dataclasses.fields(family.Sampling)}
-        assert preset.sampling.get(preset.searched, parse_grid(preset.grid.partition("=")[2])[0]) in parse_grid(
-            preset.grid.partition("=")[2]
-        )
+        assert preset.sampling.get(preset.searched, guidances[0]) in guidances
 
 
 def test_the_papers_numbers_are_the_papers():
@@ -202,9 +253,13 @@ def test_the_papers_numbers_are_the_papers():
 
 
 def test_seeds_are_disjoint():
+    seeds = PARAMS["seeds"]
+    finals = [seeds["final"], *seeds["more"].split()]
+    assert all(len(parse_seeds(text)) == 50_000 for text in finals)
+    assert {point["sets"] for point in POINTS.values()} == {1, len(finals)}
+    assert all((point["sets"] == 3) == (point["family"] == "edm") for point in POINTS.values())
     for model in MODELS.values():
-        parts = [parse_seeds(text) for text in (PARAMS["seeds"]["search"], PARAMS["seeds"]["final"])]
-        parts.append(parse_seeds(model["synthetic"]))
+        parts = [parse_seeds(text) for text in (seeds["search"], *finals, model["synthetic"])]
         assert len(set().union(*(part.tolist() for part in parts))) == sum(map(len, parts))
 
 
@@ -225,13 +280,23 @@ def test_a_preset_chooses_what_the_pipeline_passes(stages, command, name):
     assert ("--precision" in words) == (command == "generate" and bool(PRESETS[name][1].precision))
     wanted = vars(parse(words, "neon"))
     places = {"out", "data", "selftrained", "ref", "features", "metrics", "device"}
-    places |= {"final": {"search", "seeds"}, "search": {"seeds"}, "evaluate": {"seeds"}}.get(command, set())
+    places |= {
+        "generate": {"shard"},
+        "selftrain": {"save_every"},
+        "final": {"search", "seeds"},
+        "search": {"seeds"},
+        "evaluate": {"seeds"},
+    }.get(command, set())
     given = {key: value for key, value in wanted.items() if key in places and value is not None}
-    short = [w for key, v in given.items() for w in (f"--{key}", *(v if isinstance(v, list) else [v]))]
+    short = [w for key, v in given.items() for w in (f"--{key}", *(v if isinstance(v, list) else [str(v)]))]
     replace = ["--replace"] if wanted.get("replace") else []
     found = vars(parse([command, "--preset", name, *short, *replace], "neon"))
     assert found.pop("preset") == name and wanted.pop("preset") is None
     assert found.pop("chosen") and not wanted.pop("chosen")
+    for parsed in (found, wanted):
+        if command == "search":
+            parsed["w"] = parse_grid(parsed["w"])
+            parsed["grid"] = [(text.split("=")[0], *parse_grid(text.split("=")[1])) for text in parsed["grid"]]
     assert found == wanted
 
 
@@ -315,7 +380,10 @@ def test_tables_of_a_part_of_the_results(tmp_path):
     row = {"family": "edm", "w": 0.0, "fid": 1.5, "fid_se": 0.01, "n": 50_000, "seconds": 1.0, "budget": 0}
     finals = [{"key": role, **row, "role": role, "fid": fid, "w": w} for role, fid, w in
               [("base", 1.77, 0.0), ("selftrained", 2.5, -1.0), ("neon", 1.39, 1.25)]]  # fmt: skip
-    for path, rows in {"final/edm_cifar10_cond.jsonl": finals, "released/xar_l.json": [row | {"fid": 1.03}]}.items():
+    for path, rows in {
+        f"final/edm_cifar10_cond/0/{PARAMS['seeds']['final']}.jsonl": finals,
+        "released/xar_l.json": [row | {"fid": 1.03}],
+    }.items():
         file = tmp_path / "rows" / path
         file.parent.mkdir(parents=True)
         file.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -327,12 +395,56 @@ def test_tables_of_a_part_of_the_results(tmp_path):
     assert table["fid_rerun"].notna().sum() == 2 and table["fid_released"].notna().sum() == 1
     paper = pd.read_csv(ROOT / "paper" / "table_a1.csv")
     assert sorted(table["fid_paper"]) == sorted(paper[["fid_uncond", "fid_cond"]].stack().dropna())
+    assert table[["fid_rerun_se", "fid_rerun_min"]].isna().all(axis=None)  # one set, one fine-tune
     text = (tmp_path / "table_a1.md").read_text()
     assert "| Neon | EDM + Neon | 35 | cond | 1.38 | not measured | 1.39 |" in text
     assert "| Neon | xAR-L + Neon | 50 | cond | 1.02 | 1.03 | not measured |" in text
     assert "| GAN | StyleGAN-XL | 1 | cond | 1.85 |  |  |" in text
     settings = pd.read_csv(tmp_path / "settings.csv")
     assert settings["setting"].tolist() == ["edm_cifar10_cond"] and settings["w_star"].tolist() == [1.25]
+
+
+def finals(folder: Path, fids: dict[str, float]) -> None:
+    """Final rows of edm_ffhq64: fine-tune/set of images → FID of Neon; the base has 1 more."""
+    sets = dict(zip("abc", [PARAMS["seeds"]["final"], *PARAMS["seeds"]["more"].split()]))
+    for place, fid in fids.items():
+        seed, images = place.split("/")
+        file = folder / f"rows/final/edm_ffhq64/{seed}/{sets.get(images, images)}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        row = {"family": "edm", "fid_se": 0.5, "n": 50_000, "seconds": 1.0, "budget": 0}
+        places = (("base", fid + 1, 0.0), ("selftrained", fid + 2, -1.0), ("neon", fid, 1.25))
+        rows = [{"key": role, **row, "role": role, "fid": value, "w": w} for role, value, w in places]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_three_sets_of_images_and_several_fine_tunes(tmp_path, capsys, monkeypatch):
+    """Mean, standard error and minimum of three sets; the error is over fine-tunes as soon as there are several.
+
+    What was measured with other seeds than those in params.yaml does not count.
+    """
+    from report.table_a1 import main
+
+    def measured():
+        main(tmp_path)
+        lines = pd.read_csv(tmp_path / "table_a1.csv").set_index(["benchmark", "model", "kind"])
+        columns = ["fid_rerun", "fid_rerun_se", "fid_rerun_min"]
+        return lines.loc[("ffhq64", "EDM + Neon", "uncond"), columns].tolist()
+
+    finals(tmp_path, {"0/a": 1.1, "0/b": 1.2, "0/c": 1.6, "0/5-9": 0.1, "7/a": 0.1})
+    error = np.std([1.1, 1.2, 1.6], ddof=1) / 3**0.5
+    assert measured() == pytest.approx([1.3, error, 1.1], rel=1e-4)
+    assert (
+        "| Neon | EDM + Neon | 79 | uncond | 1.12 | not measured | 1.30 ± 0.15, min 1.10 |" in capsys.readouterr().out
+    )
+    finals(tmp_path, {"1/a": 2.3, "1/b": 2.1, "1/c": 1.9})
+    (tmp_path / "paper").mkdir()
+    shutil.copy(ROOT / "paper/table_a1.csv", tmp_path / "paper")
+    write_params(tmp_path, PARAMS | {"seeds": PARAMS["seeds"] | {"selftrain": "0 1"}})
+    monkeypatch.setattr("report.table_a1.ROOT", tmp_path)
+    assert measured() == pytest.approx([1.7, 0.8 / 2, 1.5], rel=1e-4)
+    printed = capsys.readouterr().out
+    assert "| Neon | EDM + Neon | 79 | uncond | 1.12 | not measured | 1.70 ± 0.40, min 1.50 |" in printed
+    assert "| edm_ffhq64 | 2 | 1.25 |" in printed
 
 
 # ---------------------------------------------------------------- the whole graph
@@ -350,7 +462,7 @@ def checkout(folder: Path, params: dict) -> Path:
         *{FAMILIES[m["family"]].partition(".")[0] for m in MODELS.values()},
     ):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore, dirs_exist_ok=True)
-    for name in ("dvc.yaml", "download_models.sh", "checkpoints/.gitignore", "fid_stats/.gitignore"):
+    for name in ("dvc.yaml", ".dvcignore", "download_models.sh", "checkpoints/.gitignore", "fid_stats/.gitignore"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
@@ -396,15 +508,19 @@ def digits(mini, tmp_path):
         "guidance": None,
         "table": "cifar10",
         "kind": "cond",
-        "rows": ["EDM-VP"],
+        "rows": {"base": "EDM-VP"},
     }
-    points = {k: {**copy.deepcopy(m), "model": k, "search": {"w": "0,1"}, "paper": reported} for k, m in models.items()}
+    points = {name: {**copy.deepcopy(item), "model": name, "values": {"w": "0,1"}, "sets": 1, "paper": reported}
+              for name, item in models.items()}  # fmt: skip
+    points["two"]["sets"] = 2
     params = PARAMS | {"models": models, "points": points, "launch": "python", "device": "cpu"}
     params |= {"released": {"one": {**models["one"], "checkpoint": "checkpoints/neon.safetensors"}}}
     params |= {"files": {"base": "checkpoints/base.safetensors", "neon": "checkpoints/neon.safetensors"}}
     params["files"]["stats"] = "fid_stats/digits.npz"
     params |= {"references": {"digits": {"statistics": "fid_stats/digits.npz", "real": {"images": str(mini.data)}}}}
-    params |= {"features": mini.features[1], "seeds": {k: f"{i}00-{i}59" for i, k in enumerate(PARAMS["seeds"], 1)}}
+    params |= {"features": mini.features[1], "shard": 1000, "save_every": 128}
+    params |= {"search": {"method": "surface", "evaluations": 4}}
+    params |= {"seeds": {k: f"{i}00-{i}59" for i, k in enumerate(PARAMS["seeds"], 1)} | {"selftrain": 0}}
     return checkout(tmp_path, json.loads(json.dumps(params)))
 
 
@@ -418,16 +534,16 @@ def test_killed_restarted_finished_changed(digits):
         [BIN / "dvc", "repro"], cwd=digits, env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True
     )
     made, deadline = digits / "runs" / "S" / "one", time.monotonic() + 200
-    while len(list(made.rglob("*.png"))) < 100 and process.poll() is None and time.monotonic() < deadline:
+    while not list(made.glob("*.zip")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    first = {path: path.stat().st_mtime_ns for path in sorted(made.rglob("*.png"))[:100]}
-    assert len(first) == 100 and not (made / "dataset.json").exists()
+    first = {path: path.stat().st_mtime_ns for path in sorted(made.glob("*.zip"))}
+    assert first and not (made / "dataset.json").exists()
     ran = reproduce(digits)
     assert {"generate@one", "final@two", "tables", "report@w_curves"} <= set(ran)
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
-    assert len(list(made.rglob("*.png"))) == 4000
+    assert len(list(made.glob("*.zip"))) == 4 and not list(made.rglob("*.png")) and len(ImageSet(made)) == 4000
 
     assert reproduce(digits) == []
     shown = json.loads(dvc("metrics", "show", "--json", cwd=digits).stdout)[""]["data"]
@@ -437,6 +553,8 @@ def test_killed_restarted_finished_changed(digits):
     dvc("plots", "show", cwd=digits)
     assert "curves" in (digits / "dvc_plots" / "index.html").read_text()
     notebook = (digits / "results" / "paper" / "table_a1.ipynb").read_text()
+    table = pd.read_csv(digits / "results/paper/table_a1.csv").set_index("model").loc["EDM-VP"]
+    assert table["fid_rerun_min"].max() < table["fid_rerun"].max()  # of two sets
     assert "EDM-VP" in notebook and '"output_type": "error"' not in notebook
 
     params["models"]["two"]["train"]["lr"] = 2e-3  # one model's parameter: that model alone, and the tables
@@ -448,8 +566,21 @@ def test_killed_restarted_finished_changed(digits):
     write_params(digits, params)
     ran = {stage for stage in reproduce(digits) if stage.split("@")[0] not in ("tables", "report", "page")}
     assert ran == {"search@two", "final@two", "samples@two"}
-    rows = [json.loads(line) for line in (digits / "results/paper/rows/search/two.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (digits / "results/paper/rows/search/two/0.jsonl").read_text().splitlines()]
     assert {row["num_steps"] for row in rows} == {3}
+
+    params["seeds"]["selftrain"] = "0 1"  # a further fine-tune of each model: the first stays as it is
+    write_params(digits, params)
+    first = digits / "runs/selftrain/one/0/snapshot-000000256.safetensors"
+    before = first.stat().st_mtime_ns
+    features = digits / "results/paper/rows/search/one/0.features"  # what a search keeps is neither hashed nor shared
+    features.mkdir(exist_ok=True)
+    assert "selftrain@one" in reproduce(digits)
+    assert first.stat().st_mtime_ns == before
+    assert first.read_bytes() != (digits / "runs/selftrain/one/1" / first.name).read_bytes()
+    assert len(list((digits / "results/paper/rows/final").glob("one/[01]/*.jsonl"))) == 2
+    (features / "part").write_text("large")
+    assert reproduce(digits) == []
 
 
 @pytest.mark.slow
@@ -478,6 +609,71 @@ def test_a_remote_shares_what_was_made(digits, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_hard_links_to_the_cache(digits):
+    """One copy on disk in place of two; a stage that ran before can still add to its output."""
+    dvc("config", "cache.type", "hardlink", cwd=digits)
+    reproduce(digits, "selftrain@one")
+    snapshot = digits / "runs/selftrain/one/0/snapshot-000000256.safetensors"
+    before = snapshot.stat()
+    assert before.st_nlink == 2
+    params = yaml.safe_load((digits / "params.yaml").read_text())
+    params["seeds"]["selftrain"] = "0 1"
+    write_params(digits, params)
+    assert reproduce(digits, "selftrain@one") == ["selftrain@one"]
+    added = digits / "runs/selftrain/one/1" / snapshot.name
+    assert snapshot.stat().st_nlink == added.stat().st_nlink == 2
+    shutil.rmtree(digits / "runs/selftrain/one")
+    dvc("checkout", "selftrain@one", cwd=digits)
+    assert added.exists() and reproduce(digits, "selftrain@one") == []
+
+
+@pytest.mark.slow
+def test_two_jobs_at_once_in_one_folder(digits):
+    """Of two models, after what they share: --single-item asks for no stage above."""
+    reproduce(digits, *("fetch@base", "fetch@neon", "fetch@stats", "reference@digits"))
+    command = {"cwd": digits, "env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    words, stages = [BIN / "dvc", "--wait-for-lock", "repro", "--single-item"], ("generate", "selftrain", "search")
+    jobs = [
+        subprocess.Popen([*words, *(f"{stage}@{model}" for stage in stages)], **command) for model in ("one", "two")
+    ]
+    said = [job.communicate(timeout=280)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert reproduce(digits, "search@one", "search@two") == []
+
+
+SRUN = """#!/usr/bin/env bash
+# Slurm's srun, but all nodes are this machine: the command once per node.
+echo "$@" >> srun.log
+while [[ $1 == --* ]]; do shift; done
+for node in 1 2; do "$@" & nodes+=($!); done
+for node in "${nodes[@]}"; do wait "$node" || exit; done
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_example(digits, tmp_path_factory):
+    """paper/neon.sbatch with a pretended srun: two nodes that find each other make one set."""
+    programs = tmp_path_factory.mktemp("programs")
+    for name, text in {"srun": SRUN, "scontrol": "#!/bin/sh\necho localhost\n"}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    script = (digits / "paper/neon.sbatch").read_text()
+    (launch,) = re.findall("^# launch: (.*)", script, flags=re.MULTILINE)
+    params = yaml.safe_load((digits / "params.yaml").read_text())
+    params["launch"] = launch.replace("nproc_per_node=8", "nproc_per_node=1").replace("29500", str(free_port()))
+    write_params(digits, params)
+    slurm = {"SLURM_SUBMIT_DIR": str(digits), "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "gpu[1-2]"}
+    environment = ENVIRONMENT | slurm | {"PATH": f"{programs}:{ENVIRONMENT['PATH']}"}
+    done = subprocess.run(
+        ["bash", "paper/neon.sbatch", "generate@one"], cwd=digits, env=environment, capture_output=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(ImageSet(digits / "runs/S/one")) == 64
+    started = (digits / "srun.log").read_text().splitlines()
+    assert len(started) == 1 and "torchrun --nnodes=2" in started[0] and "neon.cli generate" in started[0]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_papers_models_from_end_to_end(tmp_path, monkeypatch):
     """Full-size checkpoints of every model but VAR-d36, through every stage; Inception with random weights.
@@ -486,8 +682,9 @@ def test_the_papers_models_from_end_to_end(tmp_path, monkeypatch):
     """
     monkeypatch.setitem(ENVIRONMENT, "OMP_NUM_THREADS", str(os.cpu_count()))
     params = json.loads(json.dumps(PARAMS | {"launch": "python", "device": "cpu", "features": "inception:random"}))
-    seeds = {"search": "100-102", "final": "200-202", "released": "300-302", "samples": "0-0"}
-    params |= {"metrics": "fid", "seeds": seeds}
+    seeds = {"selftrain": 0, "search": "100-102", "final": "200-202", "more": "203-205"}
+    seeds |= {"released": "300-302", "samples": "0-0"}
+    params |= {"metrics": "fid", "seeds": seeds, "search": {"method": "grid"}}
     fewer = {"edm": {"num_steps": 2}, "flow": {"solver": "euler", "num_steps": 2}, "xar": {"flow_steps": 2}}
     fewer["imm"] = {"num_steps": 2}
     for table in ("models", "points", "released"):
@@ -496,11 +693,11 @@ def test_the_papers_models_from_end_to_end(tmp_path, monkeypatch):
         }
         for item in params[table].values():
             sampling = item["sampling"] | fewer.get(item["family"], {})
-            item |= {"batch_size": 3, "synthetic": "0-3", "sampling": sampling}
+            item |= {"batch_size": 3, "synthetic": "0-3", "sampling": sampling, "sets": 1}
             item["train"] = {"batch": 4, "budget": 4, "snapshot": 4, "precision": "bfloat16"}
-            if "search" in item:
-                option = item["search"].get("grid", "").partition("=")[0]
-                item["search"] = {"w": "0,1"} | ({"grid": f"{option}=2,3"} if option else {})
+            if "values" in item:
+                option = item["values"].get("grid", "").partition("=")[0]
+                item["values"] = {"w": "0,1"} | ({"grid": f"{option}=2,3"} if option else {})
     models, points, released = (params[table] for table in ("models", "points", "released"))
     for name, item in models.items():
         write_full_size(tmp_path, name, Path(item["base"]))
@@ -519,7 +716,7 @@ def test_the_papers_models_from_end_to_end(tmp_path, monkeypatch):
     assert {f"released@{name}" for name in released} <= ran
     assert reproduce(tmp_path) == []
     table = pd.read_csv(tmp_path / "results" / "paper" / "table_a1.csv")
-    named = [row for point in points.values() for row in point["paper"]["rows"] if row]
+    named = [row for point in points.values() for row in point["paper"]["rows"].values()]
     assert table["fid_rerun"].notna().sum() == len(named)
     assert table["fid_released"].notna().sum() == len(released)
 

@@ -235,6 +235,9 @@ def test_what_is_wrong_is_one_line(tmp_path, run):
     titles, broken, none = tmp_path / "titles.yaml", tmp_path / "broken.yaml", tmp_path / "none.jsonl"
     titles.write_text("titles: {imm8: IMM}")
     broken.write_text("titles: [")
+    other, empty = tmp_path / "other.csv", tmp_path / "empty.csv"
+    other.write_text("a,b\n1,2\n")
+    empty.touch()
     out = tmp_path / "out"
     tables = ("report.tables", "--out", out, "--titles")
     (tmp_path / "rows/released").mkdir()
@@ -247,6 +250,10 @@ def test_what_is_wrong_is_one_line(tmp_path, run):
         ("report.metrics", "metrics", none, out): "none.jsonl: no such file",
         ("report.metrics", "metrics", search, out): "0.jsonl: not what `neon final` wrote",
         ("report.metrics", "curve", titles, out): "holds something other than rows of results",
+        ("report.metrics", "summary", other, out): "other.csv: no table with a column family",
+        ("report.metrics", "summary", search, out): "0.jsonl: no table with a column family",
+        ("report.metrics", "metrics", other, out): "other.csv: no table with a column role",
+        ("report.metrics", "curve", empty, out): "empty.csv: no table with a column w",
         ("report.table_a1", "--out", tmp_path): "imm_t8.json: holds something other than a row of results",
     }.items():
         status, _, error = run(*command)
@@ -255,6 +262,19 @@ def test_what_is_wrong_is_one_line(tmp_path, run):
         assert not out.exists() and not (tmp_path / "table_a1.csv").exists()
     status, _, error = run("report.metrics", "metric", search, out)
     assert status == 2 and "usage" in error
+
+
+def test_what_dvc_shows(tmp_path, run):
+    """The best of a surface at each w, and a line of metrics per family."""
+    surface, out = tmp_path / "0.curve.csv", tmp_path / "curve.csv"
+    surface.write_text("w,cfg,budget,fid,fid_se\n0,2,100,9,\n0,3,100,8,0.5\n1,2,100,5,0.25\n1,3,100,7,\n")
+    assert run("report.metrics", "curve", surface, out)[0] == 0
+    assert out.read_text() == "w,fid,fid_se,cfg,budget\n0,8,0.5,3,100\n1,5,0.25,2,100\n"
+    found = summarise(read_rows({write(tmp_path / "0.jsonl", final_rows(1.0)): {"setting": "imm4", "seed": 0}}))
+    found.to_csv(tmp_path / "summary.csv", index=False)
+    assert run("report.metrics", "summary", tmp_path / "summary.csv", tmp_path / "metrics.json")[0] == 0
+    shown = json.loads((tmp_path / "metrics.json").read_text())
+    assert shown == {"imm": {"fid_base": 10, "fid_neon": 8, "fid_selftrained": 20, "gain": 2, "w_star": 1}}
 
 
 def test_copies_of_a_search(tmp_path):
@@ -300,15 +320,15 @@ def test_the_notebook_without_results_does_not_fail(tmp_path):
 def test_notebooks_of_the_papers_size(tmp_path, capsys):
     """One model searched, but not yet evaluated; then both; without real images, so without precision."""
     names = ("w_curves", "landscape", "budget", "table_a1")
-    write(tmp_path / "rows/search/imm_t1.jsonl", paper_search())
-    write(tmp_path / "rows/final/imm_t2.jsonl", final_rows(1.0)[:1])  # killed after the first row
+    write(tmp_path / "rows/search/imm_t1/0.jsonl", paper_search())
+    write(tmp_path / "rows/final/imm_t2/0/3000000-3049999.jsonl", final_rows(1.0)[:1])  # killed after the first row
     write_table_a1(tmp_path)
     assert "Recipes rerun" not in capsys.readouterr().out
     for name in names:
         executed(name, tmp_path)
     figures = {path.name for path in tmp_path.glob("*.png")}
     assert figures == {"w_curves.png", "landscape.png", "budget.png"}  # no final rows of what was searched
-    write(tmp_path / "rows/final/imm_t1.jsonl", final_rows(0.0))
+    write(tmp_path / "rows/final/imm_t1/0/3000000-3049999.jsonl", final_rows(0.0))
     write_table_a1(tmp_path)
     table = capsys.readouterr().out
     assert "**Recipes rerun here**" in table and "| imm_t1 | 1 | none | 20 | 10 | 10 | 0 |  |  |" in table

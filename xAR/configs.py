@@ -80,14 +80,16 @@ RECIPES = {
 }
 
 # fmt: off
-IMAGENET256 = {"reference": "imagenet256", "vae": "xAR/pretrained/kl16.ckpt", "synthetic": 750_000}
+IMAGENET256 = {
+    "reference": "imagenet256", "vae": "xAR/pretrained/kl16.ckpt", "synthetic": 750_000, "snapshot": 1_000_000,
+}
 PRESETS = {  # fid: the paper's, of the base and of Neon. readme: the bases' best values, steps of B and L swapped
     "xar_b": Preset(
         **IMAGENET256, network="xar_base", base="checkpoints/xAR-B.pth",
         released="checkpoints/Neon_xARB_imagenet256.pth",
         made_with={"cfg": 2.7, "flow_steps": 40}, recipe="xar_base", micro_batch=32,
         sampling={"cfg": 3.8, "flow_steps": 40}, batch_size=64, readme={"cfg": 2.7, "flow_steps": 50},
-        w="0,1,1.2,1.4,1.6,1.8,2,2.2,2.4,2.6,2.8", grid="cfg=2.7,3,3.2,3.4,3.6,3.8,4,4.2,4.4,4.6",
+        w="0,1,1.2,1.4,1.6,1.8,2,2.2,2.4,2.6,2.8,3", grid="cfg=2.7,3,3.2,3.4,3.6,3.8,4,4.2,4.4,4.6,5",
         fid=(1.72, 1.31), best_w=1.4, rows=("xAR-B", "xAR-B + Neon"),
     ),
     "xar_l": Preset(
@@ -95,7 +97,7 @@ PRESETS = {  # fid: the paper's, of the base and of Neon. readme: the bases' bes
         released="checkpoints/Neon_xARL_imagenet256.pth",
         made_with={"cfg": 2.3, "flow_steps": 50}, recipe="xar_large", micro_batch=32,
         sampling={"cfg": 2.7, "flow_steps": 50}, batch_size=64, readme={"cfg": 2.3, "flow_steps": 40},
-        w="0,0.8,1,1.2,1.4,1.6,1.8,2,2.2,2.4,2.6,2.8", grid="cfg=2.3,2.5,2.7,2.9,3.1,3.3,3.6",
+        w="0,0.8,1,1.2,1.4,1.6,1.8,2,2.2,2.4,2.6,2.8,3", grid="cfg=2.3,2.5,2.7,2.9,3.1,3.3,3.6,5",
         fid=(1.28, 1.02), best_w=1.6, rows=("xAR-L", "xAR-L + Neon"),
     ),
 }

@@ -126,8 +126,8 @@ def run_train(args) -> None:
             origin["vae"] = vae
         if (record := Path(args.data, "generate.json")).exists():
             origin["data"] = sha256(record)
-        options = {name: getattr(args, name) for name in ("micro_batch", "save_every", "replace")} | {"origin": origin}
-        written = train(family, model, data, recipe, args.out, world=here, seed=args.seed, **options)
+        options = {name: getattr(args, name) for name in ("micro_batch", "save_every", "replace", "raw")}
+        written = train(family, model, data, recipe, args.out, world=here, seed=args.seed, origin=origin, **options)
         if here.rank == 0:
             print(f"{len(written)} snapshots in {args.out}, the last is {written[-1].name} ({recipe.precision})")
 
@@ -146,6 +146,7 @@ def run_generate(args) -> None:
             batch=args.batch_size,
             world=here,
             replace=args.replace,
+            shard=args.shard,
         )
 
 

@@ -53,12 +53,13 @@ def choices_of(preset: Preset, family: str, command: str, merging: bool = False)
     model = {"base": preset.base}
     if command == "evaluate" and not merging:
         model = {"base": preset.released or preset.base}
-    searched = {"w": preset.w, "grid": [preset.grid] if preset.grid else [], "stop": preset.stop}
+    searched = {"method": "surface", "w": preset.w, "grid": [preset.grid] if preset.grid else []}
     batch = {"batch_size": preset.batch_size}
     precision = {"precision": preset.precision} if preset.precision else {}
+    kept = {"snapshot": preset.snapshot} if preset.snapshot else {}
     chosen = {
         "generate": {"model": preset.base, **preset.made_with, **precision, "seeds": preset.seeds, **batch},
-        "selftrain": {**model, "recipe": preset.recipe, "micro_batch": preset.micro_batch},
+        "selftrain": {**model, "recipe": preset.recipe, "micro_batch": preset.micro_batch, **kept},
         "evaluate": {**model, **preset.sampling, **batch},
         "search": {**model, **preset.fixed, **searched, **batch},
         "final": {**model, **preset.fixed, **batch},
@@ -136,6 +137,7 @@ def add_training(p: argparse.ArgumentParser, family) -> None:
     add_replace(p)
     p.add_argument("--micro_batch", type=count, help="images per forward pass and process")
     p.add_argument("--save_every", type=count, help="images between saved states (default: at snapshots)")
+    p.add_argument("--raw", action="store_true", help="next to snapshots of an average, also write the raw weights")
     if family:
         add_fields(p, family.Loading)
     changes = p.add_argument_group("changes to the recipe")

@@ -41,8 +41,13 @@ def _choices(argv: Sequence[str]):
     options = {word.partition("=")[0] for word in argv}
     if {"--grid", f"--{preset.searched}"} & options:
         preset = dataclasses.replace(preset, grid="")  # the user's grid or one value in its place
-    merging = "--selftrained" in options
-    return family, lambda command: choices_of(preset, family.name, command, merging)
+    merging, stop = "--selftrained" in options, "--stop" in options
+
+    def chosen(command: str) -> Mapping:
+        choices = choices_of(preset, family.name, command, merging)
+        return {name: value for name, value in choices.items() if not (stop and name == "method")}  # --stop: a grid
+
+    return family, chosen
 
 
 def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.ArgumentParser:
@@ -95,6 +100,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p = command("generate", "run_generate", "write the synthetic set S: one PNG per seed and dataset.json")
     add_model(p, "--model")
     p.add_argument("--out", required=True, help="folder; an interrupted run resumes")
+    p.add_argument("--shard", type=count, help="images per .zip, so that large sets are few files (default: no .zip)")
     add_replace(p)
     add_sampling(p, family)
     add_preset(p, chosen("generate"))

@@ -231,7 +231,7 @@ def test_generation_goes_on(checkout, tmp_path, monkeypatch):
 
 def test_self_training_goes_on(checkout, tmp_path, monkeypatch):
     monkeypatch.chdir(checkout)
-    assert len([*goes_on(training, tmp_path).glob("raw-*")]) > 0
+    assert len([*goes_on(lambda out: training(out, "--raw"), tmp_path).glob("raw-*")]) > 0
 
 
 def test_half_precision_training_moves_the_weights(checkout, tmp_path, monkeypatch):
