@@ -68,7 +68,8 @@ def run_evaluate(args) -> None:
 
 def run_search(args) -> None:
     family, method = get_family(args.family), getattr(args, "method", "grid")
-    found = evaluations_of(args.w, args.grid, method, getattr(args, "evaluations", EVALUATIONS), _trained(args, family))
+    most = getattr(args, "evaluations", None) or EVALUATIONS
+    found = evaluations_of(args.w, args.grid, method, most, _trained(args, family))
     network = network_of(family, args.base, preset=args.preset)
     options = costliest(family, network, sampling_options(args, family), args.grid)
     row = _evaluations(args, found, options)
