@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -52,17 +52,22 @@ class Loading:
 class VAR(nn.Module):
     """The two networks, the file that the second came from, and the precision in which they sample."""
 
-    def __init__(self, config: Config, vae_file: Path, precision: str = "float32"):
+    def __init__(self, config: Config, vae_file: Path | None, precision: str = "float32"):
+        """vae_file None: both networks stay on the meta device."""
         super().__init__()
         with torch.device("meta"):  # filled from files
             self.transformer, self.vqvae = Transformer(config), VQVAE(config)
-        self.to_empty(device="cpu")
         self.config, self.vae_file, self.precision = config, vae_file, precision
+        if vae_file:
+            self.to_empty(device="cpu")
+            self.fill_vqvae(config, vae_file)
+        self.eval().requires_grad_(False)
+
+    def fill_vqvae(self, config: Config, vae_file: Path) -> None:
         statistics = "quantize.ema_vocab_hit_SV"  # never read; of another shape if made for other scales
         load_into(
             self.vqvae, load_weights(vae_file) | {statistics: torch.zeros(len(config.sides), config.vocab)}, vae_file
         )
-        self.eval().requires_grad_(False)
 
     def compile(self, *args, **kwargs):
         """The blocks, which are alike, so that one compilation serves all of them and every scale."""
@@ -85,6 +90,21 @@ def create(config: str, *, device: torch.device | str, vae_ckpt: str = "", **opt
     return model.to(device)
 
 
+def hollow(config: str | Path, *, precision: str = "float32", **options) -> VAR:
+    """On the meta device, of a named configuration or of a checkpoint's."""
+    if isinstance(config, Path):
+        with open_weights(config) as weights:
+            found = config_of(weights, config)
+    else:
+        found = named(networks, config, "VAR network")
+    return VAR(dataclasses.replace(found, **options), None, precision)
+
+
+def countable(sampling: Mapping[str, object]) -> tuple[dict[str, object], str]:
+    """A pass a scale, two with guidance: no option is a number of steps. What may be drawn costs nothing."""
+    return {**sampling, "cfg": float(sampling["cfg"] != 0), "top_k": 0, "top_p": 0.0}, ""
+
+
 def load(
     path: str | Path, *, device: torch.device | str, precision: str = "float32", vae_ckpt: str = "", **options
 ) -> VAR:
@@ -95,22 +115,22 @@ def load(
     NeonError if the file is of no known VAR, if its tensors do not fit, or if the VQVAE is missing or another one.
     """
     with open_weights(path) as weights:
-        recorded = weights.metadata.get("config")
-        try:
-            config = Config.from_json(recorded) if recorded else config_of(weights, path)
-        except (ValueError, TypeError) as error:
-            raise NeonError(f"{path}: no VAR checkpoint ({error})") from None
-        config = dataclasses.replace(config, **options)
+        config = dataclasses.replace(config_of(weights, path), **options)
         vae_file = find_vqvae(vae_ckpt, path, weights.metadata.get("vae", ""))
         model = VAR(config, vae_file, precision)
-        if recorded and values_sha256(model.vqvae) != weights.metadata["vae_sha256"]:
+        if "config" in weights.metadata and values_sha256(model.vqvae) != weights.metadata["vae_sha256"]:
             raise NeonError(f"{vae_file}: not the VQVAE that {path} was trained with")
         load_into(model.transformer, weights, path)
     return model.to(device)
 
 
 def config_of(weights, path: str | Path) -> Config:
-    """The named configuration with as many tokens and as wide as a released checkpoint."""
+    """The recorded configuration, or the named one with as many tokens and as wide as a released checkpoint."""
+    if recorded := weights.metadata.get("config"):
+        try:
+            return Config.from_json(recorded)
+        except (ValueError, TypeError) as error:
+            raise NeonError(f"{path}: no VAR checkpoint ({error})") from None
     shape = weights.spec("pos_1LC")[1] if "pos_1LC" in weights else None
     for config in networks.values():
         if shape == (1, config.tokens, config.width):

@@ -171,7 +171,7 @@ class Transformer(nn.Module):
             labels = labels.masked_fill(dropped, self.config.classes)
         s = self.class_emb(labels)
         x = self.embed(s, inputs, 0)
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream too is in half precision
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # the residual stream too is in half precision
             x = x.to(torch.get_autocast_dtype(x.device.type))
         keep = None
         if draws.branches is not None:

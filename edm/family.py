@@ -1,6 +1,7 @@
 """EDM as the method sees it (neon.family.Family)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,6 +55,17 @@ def create(config: str, *, device: torch.device | str, **options) -> EDMPrecond:
     """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
     net = recorded.build(EDMPrecond, {**named(networks, config, "EDM network"), **options})
     return net.to(device, memory_format=torch.channels_last).eval()
+
+
+def hollow(config: str | Path, *, precision: str = "float32", **options) -> EDMPrecond:
+    """On the meta device, of a named configuration or of a checkpoint's."""
+    net = recorded.hollow(config, networks, EDMPrecond, "EDM", **options)
+    net.dtype = getattr(torch, network(precision))
+    return net
+
+
+def countable(sampling: Mapping[str, object]) -> tuple[dict[str, object], str]:
+    return dict(sampling), "num_steps"
 
 
 def load(path: str | Path, *, device: torch.device | str, precision: str = "float32", **options) -> EDMPrecond:

@@ -11,6 +11,12 @@ from neon.precision import autocast
 
 NAME = "sd-vae-ft-ema"
 HUB = f"stabilityai/{NAME}"
+RELEASED = {  # its config.json, as far as it differs from diffusers' defaults
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
 FETCH = f"hf download {HUB} --local-dir checkpoints/{NAME}"
 
 
@@ -18,15 +24,22 @@ class StableDiffusionVAE(nn.Module):
     """A VAE as imm.latents wants it. It encodes in float32 whatever the autocast around it, and decodes in that."""
 
     def __init__(self, source: str):
-        """source: a folder in diffusers' format, or a hub id. Raises NeonError if it is missing, or no such VAE."""
+        """source: a folder in diffusers' format, or a hub id; "" for one of the released shape on the meta device.
+
+        Raises NeonError if it is missing, or no such VAE.
+        """
         with extra("imm"):
             from diffusers import AutoencoderKL  # slow to import
 
         super().__init__()
         try:
-            with warnings.catch_warnings(action="ignore"):
-                kl = AutoencoderKL.from_pretrained(
-                    source, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+            with warnings.catch_warnings(action="ignore"), torch.device("cpu" if source else "meta"):
+                kl = (
+                    AutoencoderKL.from_pretrained(
+                        source, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+                    )
+                    if source
+                    else AutoencoderKL(**RELEASED)
                 )
         except (OSError, ValueError):
             raise NeonError(

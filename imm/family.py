@@ -1,5 +1,6 @@
 """IMM as the method sees it (neon.family.Family): a network that is trained, and a frozen VAE if it models latents."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -66,6 +67,16 @@ def create(config: str, *, device: torch.device | str, vae: str = "", **options)
     """A new network, initialised from the global generator. Raises NeonError for an unknown configuration."""
     net = recorded.build(IMMPrecond, {**named(networks, config, "IMM network"), **options})
     return IMM(net, _vae_of(net, find_vae(vae))).to(device)
+
+
+def hollow(config: str | Path, *, precision: str = "float32", **options) -> IMM:
+    """On the meta device, of a named configuration or of a checkpoint's, with a VAE of Stable Diffusion's shape."""
+    net = recorded.hollow(config, networks, IMMPrecond, "IMM", **options)
+    return IMM(net, StableDiffusionVAE("") if net.img_channels == 4 else None, precision)
+
+
+def countable(sampling: Mapping[str, object]) -> tuple[dict[str, object], str]:
+    return {**sampling, "cfg_scale": 1.0 if sampling["cfg_scale"] == 1 else 2.0}, "num_steps"
 
 
 def load(path: str | Path, *, device: torch.device | str, precision: str = "float32", vae: str = "", **options) -> IMM:

@@ -134,6 +134,17 @@ class Family(Protocol):
         options: fields of Loading, and changes to the configuration. Raises NeonError.
         """
 
+    def hollow(self, config: str | Path, *, precision: str = "float32", **options) -> torch.nn.Module:
+        """A model on the meta device, which has shapes and no values, of a named configuration or of a checkpoint's.
+
+        Reads no weights and needs no autoencoder. precision, options: as of load, except the fields of Loading. Raises
+        NeonError.
+        """
+
+    def countable(self, sampling: Mapping[str, object]) -> tuple[dict[str, object], str]:
+        """Sampling options that cost as much as these and whose cost does not depend on the images; and which of them
+        is a number of steps that all cost the same, except the first two. '' is none."""
+
     def load(
         self, path: str | Path, *, device: torch.device | str, precision: str = "float32", **options
     ) -> torch.nn.Module:

@@ -17,6 +17,7 @@ class Streams:
 
     seeds: (N,) int64, taken modulo 2^32. The numbers depend on the device type: CUDA and CPU generators
     give different streams for the same seed (as in EDM, whose samples are made with CUDA generators).
+    The meta device has no generator: its tensors have no values to draw.
     """
 
     def __init__(self, seeds: torch.Tensor | Sequence[int], device: torch.device | str = "cpu"):
@@ -24,7 +25,8 @@ class Streams:
 
     @cached_property
     def generators(self) -> list[torch.Generator]:
-        return [torch.Generator(self.device).manual_seed(int(seed) % 2**32) for seed in self.seeds]
+        device = "cpu" if self.device.type == "meta" else self.device
+        return [torch.Generator(device).manual_seed(int(seed) % 2**32) for seed in self.seeds]
 
     def __len__(self) -> int:
         return len(self.seeds)

@@ -1,15 +1,19 @@
-"""Write the tables of presets into docs/FAMILY.md and the README, between their markers: `python -m paper.docs`."""
+"""Write tables of presets and costs into the docs and the README, between their markers: `python -m paper.docs`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from neon.cost import device
 from neon.family import FAMILIES, Family, Preset, Recipe, get_family
 from neon.files import atomic
+from neon.plan import ASSUMPTIONS, RECIPE, Row, describe, plan, summed
+from neon.plan import table as costs
 
 ROOT = Path(__file__).parent.parent
 RELEASED = "https://huggingface.co/sinaalemohammad/Neon/resolve/main"
 DATA = {"cifar10": "CIFAR-10", "ffhq64": "FFHQ-64", "imagenet256": "ImageNet-256", "imagenet512": "ImageNet-512"}
+DEVICE, MODEL = "A100", "var_d16"  # of the table of costs, and whose recipe the README names
 BEGIN, END = "<!-- presets:begin -->\n", "<!-- presets:end -->"
 
 
@@ -83,9 +87,37 @@ def table(family: Family) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def filled(text: str, table: str) -> str:
-    """The document with the table between the markers; unchanged where there are none."""
-    return re.sub(f"({BEGIN}).*?({END})", lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
+def cost_table(rows: Sequence[Row]) -> str:
+    """Markdown: what `neon plan` prints, on its usual device."""
+    where = device(DEVICE)
+    titles, *lines = costs(rows, where)
+    lines = [[f"**{cell}**" if cell else "" for cell in line] if line[1] in ("all", "") else line for line in lines]
+    lines = [titles, ["---", "---", *["--:"] * (len(titles) - 2)], *lines]
+    said = "".join(f"- {line}\n" for line in (f"hours: of one {describe(where)}", *ASSUMPTIONS))
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n" + said
+
+
+def cost_line(rows: Sequence[Row]) -> str:
+    """The released checkpoints, one model's recipe, everything."""
+    where = device(DEVICE)
+
+    def hours_and_disk(part: Sequence[Row]) -> tuple[str, str]:
+        total = summed(part, where)
+        return f"{total['gpu_hours']:,.0f} hours", f"{total['disk_bytes'] / 1e12:.2g} TB"
+
+    evaluated, _ = hours_and_disk([row for row in rows if row.stage == "released"])
+    one = " and ".join(hours_and_disk([row for row in rows if row.model == MODEL and row.stage in RECIPE]))
+    return (
+        f"`neon plan` says what this costs before it runs ([table](docs/pipeline.md#cost)): on one {describe(where)},\n"
+        f"at most {evaluated} for `dvc repro released`, {one} for the recipe of `{MODEL}`, and"
+        f" {' and '.join(hours_and_disk(rows))} for everything.\nComputed, not measured.\n"
+    )
+
+
+def filled(text: str, table: str, name: str = "presets") -> str:
+    """The document with the table between the markers of that name; unchanged where there are none."""
+    begin, end = (mark.replace("presets", name) for mark in (BEGIN, END))
+    return re.sub(f"({begin}).*?({end})", lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
 
 
 def documents() -> dict[Path, str]:
@@ -94,8 +126,14 @@ def documents() -> dict[Path, str]:
     return {ROOT / "README.md": released()} | of_families
 
 
-def fill(path: Path, table: str) -> None:
-    text = filled(path.read_text(), table)
+def planned(rows: Sequence[Row] | None = None) -> dict[Path, str]:
+    """Each document with markers of `plan` → its part. rows: those of the root's params.yaml, if they are known."""
+    rows = rows or plan(ROOT / "params.yaml")
+    return {ROOT / "docs" / "pipeline.md": cost_table(rows), ROOT / "README.md": cost_line(rows)}
+
+
+def fill(path: Path, table: str, name: str = "presets") -> None:
+    text = filled(path.read_text(), table, name)
     with atomic(path) as partial:
         partial.write_text(text)
 
@@ -103,3 +141,5 @@ def fill(path: Path, table: str) -> None:
 if __name__ == "__main__":
     for path, text in documents().items():
         fill(path, text)
+    for path, text in planned().items():
+        fill(path, text, "plan")

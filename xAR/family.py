@@ -46,19 +46,21 @@ class Loading:
 class Model(nn.Module):
     """The transformer, not yet filled; what makes latents of images; and the precision in which both sample.
 
-    config: an entry of networks. Raises NeonError if the VAE's file is missing or does not fit.
+    config: an entry of networks. vae_path None: all stays on the meta device. Raises NeonError if the VAE's file is
+    missing or does not fit.
     """
 
-    def __init__(self, config: Mapping[str, object], vae_path: str, precision: str = "float32"):
+    def __init__(self, config: Mapping[str, object], vae_path: str | None, precision: str = "float32"):
         super().__init__()
         self.config, self.precision = dict(config), precision
         with torch.device("meta"):  # filled from files
             self.transformer = new_transformer(config)
             channels, vae = self.transformer.channels, config["vae"]
             self.vae = AutoencoderKL(channels, **vae) if vae else Patches(channels)
-        self.to_empty(device="cpu")
-        if vae:
-            fill_vae(self.vae, Path(vae_path))
+        if vae_path is not None:
+            self.to_empty(device="cpu")
+            if vae:
+                fill_vae(self.vae, Path(vae_path))
         self.eval().requires_grad_(False)
 
     @property
@@ -97,6 +99,20 @@ def create(config: str, *, device: torch.device | str, vae_path: str = Loading.v
     model = Model({**named(networks, config, "xAR network"), **options}, vae_path)
     model.transformer = new_transformer(model.config).eval()
     return model.to(device)
+
+
+def hollow(config: str | Path, *, precision: str = "float32", **options) -> Model:
+    """On the meta device, of a named configuration or of a checkpoint's."""
+    if isinstance(config, Path):
+        with open_weights(config) as weights:
+            found = config_of(weights, config)
+    else:
+        found = named(networks, config, "xAR network")
+    return Model({**found, **options}, None, precision)
+
+
+def countable(sampling: Mapping[str, object]) -> tuple[dict[str, object], str]:
+    return {**sampling, "cfg": 2.0 if sampling["cfg"] > 1 else 1.0}, "flow_steps"
 
 
 def load(

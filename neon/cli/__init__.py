@@ -1,4 +1,5 @@
-"""The `neon` command. This file runs it, parser.py says what may be typed, commands.py does the work."""
+"""The `neon` command. This file runs it, parser.py says what may be typed, commands.py does the work,
+plan.py says what it would cost."""
 
 import sys
 import time
@@ -16,7 +17,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
         from neon.cli.parser import parse
 
         args = parse(argv, prog)
-        from neon.cli import commands  # only now that the options are right: it loads torch
+        # Only now that the options are right: these load torch.
+        if args.run == "run_plan" or getattr(args, "dry_run", None):
+            from neon.cli import plan as commands
+        else:
+            from neon.cli import commands
         from neon.cli.options import preset_line
         from neon.distributed import rank
 

@@ -78,6 +78,17 @@ def add_replace(p: argparse.ArgumentParser) -> None:
     p.add_argument("--replace", action="store_true", help="what --out holds of a run with other options is deleted")
 
 
+def add_dry_run(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--dry_run",
+        nargs="?",
+        const="A100",
+        metavar="DEVICE",
+        help="print what the command would do and cost on a device of `neon plan`, or at so many measured TFLOP/s"
+        " (default %(const)s), and stop: nothing is written, no weights are read",
+    )
+
+
 def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if there is one")
     p.add_argument(
@@ -135,6 +146,7 @@ def add_training(p: argparse.ArgumentParser, family) -> None:
     p.add_argument("--out", required=True, help="folder for snapshots and state; an interrupted run resumes")
     p.add_argument("--seed", type=natural, default=0)
     add_replace(p)
+    add_dry_run(p)
     p.add_argument("--micro_batch", type=count, help="images per forward pass and process")
     p.add_argument("--save_every", type=count, help="images between saved states (default: at snapshots)")
     p.add_argument("--raw", action="store_true", help="next to snapshots of an average, also write the raw weights")
@@ -203,6 +215,13 @@ def count(text: str) -> int:
 def rate(text: str) -> float:
     """A finite number > 0."""
     if 0 < (number := float(text)) < float("inf"):
+        return number
+    raise ValueError
+
+
+def share(text: str) -> float:
+    """A number in (0, 1]."""
+    if (number := rate(text)) <= 1:
         return number
     raise ValueError
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from neon import __version__
 from neon.cli.options import (
+    add_dry_run,
     add_evaluation,
     add_family,
     add_fields,
@@ -19,6 +20,8 @@ from neon.cli.options import (
     choices_of,
     count,
     peek,
+    rate,
+    share,
 )
 from neon.family import find_preset, get_family
 
@@ -73,6 +76,14 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument("--all", action="store_true", help="everything")
     p.add_argument("--list", action="store_true", help="list the files (here? pinned?), download nothing")
 
+    p = command("plan", "run_plan", "what the stages of a pipeline will cost: images, FLOPs, hours, disk")
+    p.add_argument("--params", default="params.yaml", help="the pipeline's parameters (default %(default)s)")
+    p.add_argument("--device", default="A100", help="A100, H100, H200, L40S, RTX4090 or cpu (default %(default)s)")
+    p.add_argument("--tflops", type=rate, help="a measured rate, in place of the device's peak times the utilisation")
+    p.add_argument("--utilisation", type=share, default=0.35, help="part of the peak (default %(default)s)")
+    p.add_argument("--gpus", type=count, default=1, help="that share the work (default %(default)s)")
+    p.add_argument("--json", action="store_true", help="print JSON")
+
     p = command("merge", "run_merge", "write θ_r − w (θ_s − θ_r) in the base's format")
     p.add_argument(
         "--base", type=checkpoint, required=True, help="checkpoint of θ_r: .safetensors, .pth, .pt, .ckpt or .pkl"
@@ -103,6 +114,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument("--shard", type=count, help="images per .zip, so that large sets are few files (default: no .zip)")
     add_replace(p)
     add_sampling(p, family)
+    add_dry_run(p)
     add_preset(p, chosen("generate"))
 
     p = command("evaluate", "run_evaluate", "FID and other metrics of a model, or of a merge made in memory")
@@ -112,6 +124,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument("--out", help="JSON file for the row of results")
     add_sampling(p, family)
     add_evaluation(p)
+    add_dry_run(p)
     add_preset(p, chosen("evaluate"))
 
     p = command(
@@ -151,6 +164,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_replace(p)
     add_sampling(p, family)
     add_evaluation(p)
+    add_dry_run(p)
     add_preset(p, chosen("search"))
 
     p = command("final", "run_final", "evaluate base, self-trained model and the best point of a search on new seeds")
@@ -160,6 +174,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_replace(p)
     add_sampling(p, family)
     add_evaluation(p)
+    add_dry_run(p)
     add_preset(p, chosen("final"))
 
     p = command(
