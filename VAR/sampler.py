@@ -22,7 +22,7 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
     if not 0 <= top_p <= 1:
         raise NeonError(f"top_p must lie between 0 and 1, not {top_p}")
     if top_k:
-        kth = logits.topk(top_k).values[..., -1:]
+        kth = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p:
         ascending, order = logits.sort(dim=-1)
