@@ -18,6 +18,8 @@ from report.tables import (
     best_by_budget,
     final_table,
     markdown,
+    read_best,
+    read_curves,
     rows_of,
     summarise,
     table_of,
@@ -101,12 +103,15 @@ def main(out: Path) -> None:
     finished = all_rows({name: rows for name, rows in final.items() if {row["role"] for row in rows} >= set(ROLES)})
     paper, released = pd.read_csv(ROOT / "paper" / "table_a1.csv"), found(out, "released", params["released"])
     lines = table_a1(paper, params, final, released)
+    searched = {out / f"rows/search/{name}.jsonl": {"setting": name, "seed": 0} for name in search}
     tables = {
         "table_a1.csv": lines.to_csv(index=False, float_format="%.6g"),
         "table_a1.json": lines.to_json(orient="records", indent=1),
         "table_a1.md": as_markdown(lines, params) + reruns(finished),
         "titles.json": json.dumps(dict(zip(params["points"], params["points"])), indent=1),
         "search.csv": as_csv(all_rows(search), CURVES),
+        "curves.csv": as_csv(read_curves(searched)),
+        "best.csv": as_csv(read_best(searched)),
         "budget.csv": as_csv(best_by_budget(all_rows(search))),
         "final.csv": as_csv(finished, ["role", *CURVES]),
         "settings.csv": as_csv(summarise(finished)),
