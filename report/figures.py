@@ -325,7 +325,7 @@ def _sheet(ax: plt.Axes, sheet: torch.Tensor | None, name: str, columns: int = 2
     ax.set_ylabel(name, fontsize=9)
     if sheet is not None:
         part = sheet[..., : sheet.shape[-1] * shown // columns]
-        ax.imshow(part.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
+        ax.imshow(part.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
 
 
 # ---------------------------------------------------------------- reported numbers
@@ -558,7 +558,7 @@ def sheets(named: dict[str, torch.Tensor]) -> Figure:
     size = (WIDTH, len(named) * (WIDTH * height / width + 0.35))
     fig, axes = plt.subplots(len(named), 1, figsize=size, squeeze=False)
     for ax, (title, sheet) in zip(axes[:, 0], named.items()):
-        ax.imshow(sheet.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
+        ax.imshow(sheet.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         ax.set_title(title, loc="left", fontsize=9)
         ax.axis("off")
     fig.tight_layout()

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from report.drawing import BAND, SMALL, WIDTH, band, described, spread, star_at, styles
+from report.drawing import BAND, GOOD, HOLLOW, SMALL, WIDTH, band, described, spread, star_at, styles
 
 
 def toy_curves(curves: pd.DataFrame, title: str) -> Figure:
@@ -23,11 +23,13 @@ def toy_curves(curves: pd.DataFrame, title: str) -> Figure:
         for ax, sampler in zip(line, samplers):
             rows = curves[(curves["sampler"] == sampler) & (curves["evaluated"] == evaluated)]
             groups = list(rows.groupby("epochs"))
-            for style, (epochs, part) in zip(styles(len(groups)), groups):
+            for k, (style, (epochs, part)) in enumerate(zip(styles(len(groups)), groups)):
                 best = part.pivot(index="w", columns="seed", values="fid").idxmin().mean()
-                line_style = style | {"marker": ""}
-                band(ax, spread(np.log10(part["fid"]), part["w"]), alpha=0.2, label=f"{epochs} epochs", **line_style)
-                ax.plot([best], [0.03], "^", color=style["color"], ms=7, transform=ax.get_xaxis_transform())
+                style |= {"marker": ""}
+                band(ax, spread(np.log10(part["fid"]), part["w"]), alpha=0.2, label=f"{epochs} epochs", **style)
+                fill = "white" if best in (part["w"].min(), part["w"].max()) else style["color"]
+                place = {"transform": ax.get_xaxis_transform(), "clip_on": False}
+                ax.plot([best], [0.04 + 0.08 * k], "^", color=style["color"], mfc=fill, ms=7, **place)
                 texts.append(f"S by {sampler}, {evaluated}, {epochs} epochs: best w {best:.2g}")
             ax.axvline(0, color="grey", lw=0.8, ls=":")
             ax.set_title(f"S by {sampler}, {evaluated}", fontsize=9)
@@ -36,13 +38,11 @@ def toy_curves(curves: pd.DataFrame, title: str) -> Figure:
     for ax in axes[-1]:
         ax.set_xlabel("merge weight w", fontsize=9)
     fig.suptitle(title, fontsize=10)
-    triangle = Line2D([], [], ls="none", marker="^", color="grey", label="mean of the seeds' best w")
-    fig.legend(
-        handles=[*axes[0, 0].get_legend_handles_labels()[0], triangle, BAND],
-        fontsize=SMALL,
-        loc="outside lower center",
-        ncols=4,
-    )
+    mark = {"ls": "none", "marker": "^", "color": "grey"}
+    triangles = [Line2D([], [], label="mean of the seeds' best w", **mark)]
+    triangles.append(Line2D([], [], mfc="white", label="hollow: all at the edge of the scan", **mark))
+    entries = [*axes[0, 0].get_legend_handles_labels()[0], *triangles, BAND]
+    fig.legend(handles=entries, fontsize=SMALL, loc="outside lower center", ncols=3)
     return described(fig, f"{title}: distance against w. {'; '.join(texts)}.")
 
 
@@ -81,11 +81,17 @@ def toy_planes(planes: dict[str, np.ndarray], w: np.ndarray, v: np.ndarray) -> F
         best = plane[np.abs(v).argmin()].argmin()
         ax.plot([0], [0], "o", color="white", mec="black", label="base")
         ax.plot([-1], [0], "X", color="white", mec="black", label="self-trained")
-        star_at(ax, w[best], 0, best in (0, len(w) - 1), mec="white", label="Neon, the best w")
         ax.plot([0], [1], "s", color="white", mec="black", label="more real data")
+        star_at(ax, w[best], 0, best in (0, len(w) - 1), mec="white", clip_on=False)
         ax.set_title(title, fontsize=9)
         texts.append(f"{title}: best w {w[best]:.2g}")
-    fig.supxlabel("w, away from the self-trained model", fontsize=9)
-    fig.supylabel("v, towards more real data", fontsize=9)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=SMALL, loc="outside lower center", ncols=4)
+    for ax in axes[-1]:
+        ax.set_xlabel("w, away from the self-trained model", fontsize=9)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("v, towards more real data", fontsize=9)
+    star = {"ls": "none", "marker": "*", "ms": 12}
+    stars = [Line2D([], [], color=GOOD, label="Neon, the best w", **star)]
+    stars.append(Line2D([], [], label="hollow: at the edge of the scan", **star | HOLLOW))
+    entries = [*axes[0, 0].get_legend_handles_labels()[0], *stars]
+    fig.legend(handles=entries, fontsize=SMALL, loc="outside lower center", ncols=5)
     return described(fig, f"Distance over the directions of Neon and of more real data. {'; '.join(texts)}.")
