@@ -255,6 +255,30 @@ def final_table(final: pd.DataFrame, titles: Mapping[str, str] | None = None, gu
     return pd.DataFrame(lines)
 
 
+Model = tuple[str, str]  # a setting and a role
+
+
+def compared(final: pd.DataFrame, pairs: Iterable[tuple[Model, Model]], titles: Mapping[str, str]) -> pd.DataFrame:
+    """For reading: reported FID of two models of different settings or roles, and the difference within a seed.
+
+    It has its 95 % interval over the seeds that both have. Raises NeonError if they have none in common.
+    """
+    lines = []
+    for pair in pairs:
+        fids = [fid_of(final, *model) for model in pair]
+        names = [f"{titled(setting, titles)}: {IN_WORDS[role]}" for setting, role in pair]
+        difference = (fids[0] - fids[1]).dropna()
+        values = [f"{fid.mean():.3g}" for fid in fids]
+        lines.append([names[0], values[0], names[1], values[1], _interval(difference)])
+    return pd.DataFrame(lines, columns=["first", "FID", "second", "FID ", "first − second, paired"])
+
+
+def fid_of(final: pd.DataFrame, setting: str, role: str) -> pd.Series:
+    """Seed → reported FID."""
+    rows = final[(final["setting"].astype(str) == setting) & (final["role"] == role)]
+    return rows.set_index("seed")["fid"]
+
+
 def titled(setting: object, titles: Mapping[str, str] | None) -> str:
     """A setting's title; its own name if it has none."""
     return (titles or {}).get(str(setting), str(setting))

@@ -24,6 +24,7 @@ from report.tables import (
     as_csv,
     best_by_budget,
     chosen,
+    compared,
     copies_table,
     ends,
     ends_table,
@@ -188,6 +189,20 @@ def test_tables_have_titles_and_the_guidance_of_either_model():
     assert list(table) == ["setting", "model", "mean, %", "greatest, %"]
     assert table.to_numpy().tolist() == [["Four", "base (w = 0)", 2.0, 3.0], ["Four", "Neon (w*)", 3.0, 4.0]]
     assert markdown(pd.DataFrame({"|S|": [1]})).startswith("| \\|S\\| |\n")
+
+
+def test_models_are_compared_within_a_seed():
+    """A tenth apart between the settings in each seed: an interval of width 0, though the seeds differ by more."""
+    final = pd.concat([finals([1.0] * 3), finals([1.0] * 4, "imm8", neon=8.1)])
+    table = compared(
+        final, [(("imm8", "neon"), ("imm4", "neon")), (("imm4", "base"), ("imm4", "neon"))], {"imm4": "Four"}
+    )
+    assert table.iloc[:, :4].to_numpy().tolist() == [
+        ["imm8: Neon (w*)", "8.25", "Four: Neon (w*)", "8.1"],
+        ["Four: base (w = 0)", "10.1", "Four: Neon (w*)", "8.1"],
+    ]
+    assert [text.split(" ")[0] for text in table.iloc[:, 4]] == ["0.1", "2"]
+    assert float(table.iloc[0, 4].split(" ")[2]) < 1e-9
 
 
 def test_rows_of_a_final_evaluation_are_complete():
