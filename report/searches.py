@@ -139,7 +139,20 @@ def _search(rows: pd.DataFrame, curves: pd.DataFrame | None) -> Search:
         return Search(rows, rows)
     budgets = curves.groupby("seed")["budget"].first().to_dict()
     fids = curves.assign(budget=curves["budget"].mode()[0]).rename(columns={"fid_se": "predicted_se"})
-    return Search(fids, rows, budgets)
+    return Search(_with_base(fids), rows, budgets)
+
+
+def _with_base(fids: pd.DataFrame) -> pd.DataFrame:
+    """Also at w = 0, which a regular grid may step over: linear between its neighbours."""
+    w, values = fids["w"], ["fid", "predicted_se"]
+    if (w == 0).any() or not w.min() < 0 < w.max():
+        return fids
+    low, high = w[w < 0].max(), w[w > 0].min()
+    below, above = fids[w == low], fids[w == high]  # the same seeds and γ in the same order
+    share = -low / (high - low)
+    base = below.assign(w=0.0)
+    base[values] = (1 - share) * below[values].to_numpy() + share * above[values].to_numpy()
+    return pd.concat([fids, base]).sort_values(["seed", "cfg", "w"])
 
 
 def at_budget(rows: pd.DataFrame, budget: int) -> pd.DataFrame:

@@ -381,6 +381,18 @@ def test_lines_are_the_mean_of_the_predicted_planes(predicted):
     finite(fig)
 
 
+def test_a_grid_of_predictions_that_steps_over_the_base(predicted):
+    """-1, -0.75, … without 0: the base is between its neighbours, and the rest stays."""
+    rows, curves = predicted
+    ax = figures.w_curves(rows, curves=curves[curves["w"] != 0]).axes[0]
+    x, y = drawn(ax, LINE)
+    assert x == list(np.arange(-4, 13) / 4)
+    assert y[4] == pytest.approx((plane(0.5, -0.25, 2.0) + plane(0.5, 0.25, 2.0)) / 2) and y[5] == pytest.approx(
+        plane(0.5, 0.25, 2.0)
+    )
+    assert any(line.get_label().endswith("best γ = 1.5") for line in ax.lines)
+
+
 def test_dots_are_the_measured_points_near_that_guidance(predicted):
     """γ = 2 within an eighth of the range, 1.5; not those at γ = 1.5 and 1.2, and not those of another budget."""
     fig = figures.w_curves(predicted[0], curves=predicted[1])
