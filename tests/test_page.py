@@ -110,10 +110,14 @@ def tab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory):
-    """The page of the committed results."""
-    path = tmp_path_factory.mktemp("page") / "index.html"
-    path.write_text(page(found(ROOT / "results/mini"), "Neon on handwritten digits"))
-    return path
+    """The page of the committed results, and of a table and a line of code that are wider than any window."""
+    folder = tmp_path_factory.mktemp("page")
+    wide = new_output("display_data", {"text/markdown": TABLE.replace("4.25", "4.25" * 500)})
+    cells = [new_markdown_cell("# Wide"), new_code_cell("1 + " * 500, outputs=[wide])]
+    nbformat.write(new_notebook(cells=cells), folder / "wide.ipynb")
+    notebooks = [*found(ROOT / "results/mini"), folder / "wide.ipynb"]
+    (folder / "index.html").write_text(page(notebooks, "Neon on handwritten digits"))
+    return folder / "index.html"
 
 
 @pytest.mark.parametrize("width", [390, 1280])
