@@ -28,7 +28,10 @@ LABELS = {"fid": "FID", "is": "IS", "kid": "KID"}
 COLOURS = ("#0072b2", "#c04a00", "#117733", "#882255", "#000000")
 MARKERS = ("o", "s", "^", "D", "v")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-BAND = Patch(color="grey", alpha=0.3, lw=0, label="95 % over seeds")  # an entry of a legend
+# Entries of a legend that explain bands.
+BAND, PREDICTION = (
+    Patch(color="grey", alpha=0.3, lw=0, label=f"95 % {of}") for of in ("over seeds", "of the prediction")
+)
 HOLLOW = {"mfc": "none", "mec": "black", "mew": 1.2, "path_effects": [withStroke(linewidth=3.2, foreground="white")]}
 GOOD, BASE = "crimson", "#555555"  # of Neon's marks, and of the base's
 

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, MultipleLocator, NullLocator
 from PIL import Image
 
@@ -27,6 +28,7 @@ from report.drawing import (
     BASE,
     GOOD,
     HOLLOW,
+    PREDICTION,
     SMALL,
     WIDTH,
     band,
@@ -92,26 +94,33 @@ def w_curves(
     fig, axes = panels(len(found) * len(metrics), len(metrics), 1.75, WIDTH if wide else 5.5, sharex="row", **wide)
     texts = []
     for i, (setting, of) in enumerate(found.items()):
-        line, at = axes[i * len(metrics) : (i + 1) * len(metrics)], star(of.fids)
-        for ax, metric in zip(line, metrics):
-            (_predicted if of.predicted else _budgets)(ax, of, metric, at)
-            _base_line(ax, of, metric)
-            ax.axvline(0, color="grey", lw=0.8, ls=":")
-            ax.set_ylabel(label_of(metric), fontsize=SMALL)
-            ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-            ax.grid(alpha=0.25)
-        _true_grid(line[0], of, at, _rows_of(grid, setting))
-        _intervals(line[0], _rows_of(best, setting))
+        line = axes[i * len(metrics) : (i + 1) * len(metrics)]
+        _row(line, of, metrics, _rows_of(grid, setting), _rows_of(best, setting))
         line[0].set_title(titled(setting, titles), loc="left", fontsize=9)
-        heading = at.guidance_label and f"all at {at.guidance_label}"
-        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 7, "title_fontsize": 7}
-        own = {label: mark for label, mark in _entries(line).items() if label not in SHARED}
-        line[-1].legend(**_legend(own), title=heading, **beside)
-        texts.append(f"{titled(setting, titles)}: {_in_words(of, at)}")
+        texts.append(f"{titled(setting, titles)}: {_in_words(of, star(of.fids))}")
     _below(axes[-len(metrics) :], "merge weight w")
     shared = {label: mark for label, mark in _entries(axes).items() if label in SHARED}
-    fig.legend(**_legend(shared, band=True), fontsize=SMALL, loc="outside lower center", ncols=3)
+    if handles := [*shared.values(), *_bands(found)]:
+        fig.legend(handles=handles, fontsize=SMALL, loc="outside lower center", ncols=3)
     return described(fig, f"{', '.join(map(label_of, metrics))} against the merge weight w. {'; '.join(texts)}.")
+
+
+def _row(axes: Sequence[plt.Axes], of: Search, metrics: Sequence[str], grid: pd.DataFrame, best: pd.DataFrame) -> None:
+    """A setting's panels, and its legend next to the last. grid, best: the lines of `w_curves`' tables."""
+    at = star(of.fids)
+    for ax, metric in zip(axes, metrics):
+        (_predicted if of.predicted else _budgets)(ax, of, metric, at)
+        _base_line(ax, of, metric)
+        ax.axvline(0, color="grey", lw=0.8, ls=":")
+        ax.set_ylabel(label_of(metric), fontsize=SMALL)
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        ax.grid(alpha=0.25)
+    _true_grid(axes[0], of, at, grid)
+    _intervals(axes[0], best)
+    own = {label: mark for label, mark in _entries(axes).items() if label not in SHARED}
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 7, "title_fontsize": 7}
+    heading = at.guidance_label and f"all at {at.guidance_label}"
+    axes[-1].legend(own.values(), own.keys(), title=heading, **beside)
 
 
 def _below(axes: Sequence[plt.Axes], label: str) -> None:
@@ -133,10 +142,11 @@ def _entries(axes: Sequence[plt.Axes]) -> dict[str, Line2D]:
     return dict(pair for ax in axes for pair in zip(*reversed(ax.get_legend_handles_labels())))
 
 
-def _legend(entries: Mapping[str, Line2D], band: bool = False) -> dict:
-    """For `legend`: the entries. band: with the one that explains bands."""
-    found = dict(entries) | ({BAND.get_label(): BAND} if band else {})
-    return {"handles": list(found.values()), "labels": list(found)}
+def _bands(found: Mapping[str, Search]) -> list[Patch]:
+    """The entry that explains the bands of these searches; none where there are none."""
+    if any(of.fids["seed"].nunique() > 1 for of in found.values()):
+        return [BAND]
+    return [PREDICTION] if any(of.predicted for of in found.values()) else []
 
 
 def _in_words(of: Search, at: Star) -> str:
@@ -192,14 +202,14 @@ def _base_line(ax: plt.Axes, of: Search, metric: str) -> None:
 
 def _true_grid(ax: plt.Axes, of: Search, at: Star, grid: pd.DataFrame) -> None:
     """One seed's true grid at its γ nearest to the star's, and what was predicted there for this seed."""
-    if grid.empty or not of.predicted:
+    if grid.empty or not of.predicted or (seed := grid["seed"].iloc[0]) not in of.budgets:
         return
-    seed, guidance = grid["seed"].iloc[0], _nearest(grid["cfg"], at.guidance)
+    guidance = _nearest(grid["cfg"], at.guidance)
     where = f"seed {seed}" + ("" if math.isnan(guidance) else f", γ = {guidance:.3g}")
     rows = grid[(grid["budget"] == of.budgets[seed]) | (grid["w"] == 0)]
     rows = at_guidance(rows, guidance).sort_values("w")
     curve = _along(of.fids[of.fids["seed"] == seed], guidance)
-    band(ax, curve, color="black", lw=0.8, ls=":", alpha=0.12, label=f"predicted, {where}")
+    band(ax, curve, color="black", lw=0.8, ls=":", alpha=0.12, label=f"predicted ± 95 %, {where}")
     ax.plot(rows["w"], rows["fid"], "s", ms=4, mfc="none", color="black", mew=0.8, label=f"true grid, {where}")
 
 
@@ -248,7 +258,7 @@ def sources(search: pd.DataFrame, titles: Titles = None, curves: Table = None) -
     notes = [_mark("*", "lowest mean FID", color="grey", mec="white", ms=12)]
     if any(of.predicted for of in found.values()):
         notes.append(_mark("o", "measured (lines are predicted)", ms=3))
-    ax.legend(handles=[*ax.get_legend_handles_labels()[0], *notes, BAND], fontsize=SMALL)
+    ax.legend(handles=[*_entries([ax]).values(), *notes, *_bands(found)], fontsize=SMALL)
     return described(fig, f"FID against the merge weight w for each source of S. {'; '.join(texts)}.")
 
 
@@ -283,7 +293,7 @@ def overview(
         texts.append(f"{titled(setting, titles)}: {ratio:.2g} of the base's FID, {star(of.fids).label}")
     _below([axes[2, len(found) // 2]], "merge weight w   (−1: self-trained, 0: base)")
     line = Line2D([], [], color=BASE, ls="--", label="base, at its best γ if it has any")
-    marks = [line, _mark("*", "lowest mean FID", color=GOOD, ms=11), BAND]
+    marks = [line, _mark("*", "lowest mean FID", color=GOOD, ms=11), *_bands(found)]
     fig.legend(handles=marks, fontsize=SMALL, loc="outside lower center", ncols=3)
     return described(fig, f"Samples of base and Neon from the same seeds, above FID against w. {'; '.join(texts)}.")
 
@@ -349,7 +359,7 @@ def against(final: pd.DataFrame, label: str) -> Figure:
         ax.set_xlabel(label, fontsize=9)
         ax.set_ylabel(label_of(metric), fontsize=9)
         ax.grid(alpha=0.25)
-    axes[0].legend(**_legend(_entries(axes[:1]), band=True), fontsize=SMALL)
+    axes[0].legend(handles=[*_entries(axes[:1]).values(), BAND], fontsize=SMALL)
     return described(fig, f"Against the {label}. {'; '.join(texts)}.")
 
 
@@ -376,7 +386,7 @@ def before_after(final: pd.DataFrame, titles: Titles = None) -> Figure:
         ax.grid(alpha=0.25)
         texts.append(f"{titled(setting, titles)}: " + ", ".join(f"{means[r]:.3g} at {ROLES[r]}" for r in ROLES))
     fig.supylabel("FID", fontsize=9)
-    fig.legend(**_legend(_entries(axes[:1])), fontsize=SMALL, loc="outside lower center", ncols=2)
+    fig.legend(handles=_entries(axes[:1]).values(), fontsize=SMALL, loc="outside lower center", ncols=2)
     return described(fig, f"Reported FID of self-trained model, base and Neon. {'; '.join(texts)}.")
 
 
@@ -485,9 +495,8 @@ def asymptotes(search: pd.DataFrame, curves: Table = None) -> Figure:
         ax.set_ylabel(metric, fontsize=9)
         ax.grid(alpha=0.25)
     if not of.predicted:
-        axes[-1].legend(
-            **_legend(_entries(axes), band=True), fontsize=SMALL, loc="center left", bbox_to_anchor=(1, 0.5)
-        )
+        entries = [*_entries(axes).values(), BAND]
+        axes[-1].legend(handles=entries, fontsize=SMALL, loc="center left", bbox_to_anchor=(1, 0.5))
     return described(fig, f"{' and '.join(metrics).capitalize()} against guidance, for several merge weights w.")
 
 
@@ -532,7 +541,7 @@ def budget(best: pd.DataFrame, titles: Titles = None) -> Figure:
         ax.xaxis.set_major_formatter(lambda n, _: images(n) if n else "0")
         ax.set_xlabel("budget B (images seen)", fontsize=9)
         ax.set_ylabel("best FID over w", fontsize=9)
-        ax.legend(**_legend(_entries([ax]), band=True), fontsize=7, loc="lower right", ncols=2)
+        ax.legend(handles=[*_entries([ax]).values(), BAND], fontsize=7, loc="lower right", ncols=2)
         ax.grid(alpha=0.25)
         lowest = f"lowest {means.min():.3g} at B = {images(means.idxmin()[1])}"
         texts.append(f"{titled(setting, titles)}: base {base:.3g}, {lowest}")

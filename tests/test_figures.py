@@ -406,7 +406,9 @@ def test_dots_are_the_measured_points_near_that_guidance(predicted):
 
 def test_one_seed_has_the_band_of_its_standard_error(predicted):
     rows, curves = (table[table["seed"] == 0] for table in predicted)
-    (band,) = figures.w_curves(rows, curves=curves).axes[0].collections[0].get_paths()
+    fig = figures.w_curves(rows, curves=curves)
+    (band,) = fig.axes[0].collections[0].get_paths()
+    assert shared(fig) == ["w of the star", "95 % of the prediction"] and not shared(figures.w_curves(rows))
     assert np.ptp(band.vertices[np.isclose(band.vertices[:, 0], 1), 1]) == pytest.approx(2 * 1.96 * 0.5)
 
 
@@ -443,7 +445,7 @@ def test_the_true_grid_of_one_seed_is_next_to_its_prediction(predicted):
     ax = figures.w_curves(*predicted[:1], curves=predicted[1], grid=grid).axes[0]
     x, y = drawn(ax, "true grid, seed 1, γ = 2.1")
     assert x == [0, 1, 3] and y == pytest.approx([plane(1, w, 2.1) + 0.3 for w in x])
-    x, y = drawn(ax, "predicted, seed 1, γ = 2.1")
+    x, y = drawn(ax, "predicted ± 95 %, seed 1, γ = 2.1")
     assert y == pytest.approx([plane(1, w, 2.1) for w in x], abs=1e-6)
     assert not [
         line for line in figures.w_curves(*predicted[:1], grid=grid).axes[0].lines if "true" in line.get_label()
