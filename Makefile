@@ -26,6 +26,7 @@ demo mini: setup
 
 mini-ablations: setup
 	@cd mini/ablations && dvc repro
+	@cd mini && dvc repro --single-item --force page
 	@for ablation in cross part guidance; do echo; cat results/mini/ablations/$$ablation/table.md; done
 
 test: setup

@@ -1,18 +1,47 @@
-"""Copy the measured table into the README, between its two markers."""
+"""Copy what was measured into the README and docs/mini.md, between markers: `python -m mini.readme`."""
 
+import json
 import re
 from pathlib import Path
 
+import pandas as pd
+
+from neon.files import atomic
+from report.tables import compared, markdown
+
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results/mini"
+# Does Neon in half the steps reach the base in all of them? And what one step cannot do.
+PAIRS = [
+    (("imm8", "base"), ("imm4", "neon")),
+    (("imm4", "base"), ("imm2", "neon")),
+    (("imm1", "base"), ("imm1", "selftrained")),
+    (("imm1", "neon"), ("imm1", "selftrained")),
+]
 
 
-def filled(readme: str, table: str) -> str:
-    """The README's text with the table between the markers."""
-    return re.sub(
-        r"(<!-- mini:begin -->\n).*?(<!-- mini:end -->)", lambda m: f"{m[1]}{table}{m[2]}", readme, flags=re.DOTALL
-    )
+def tables() -> dict[str, str]:
+    """Name of the markers → Markdown, from the results."""
+    titles = json.loads((RESULTS / "titles.json").read_text())
+    return {
+        "mini": (RESULTS / "table.md").read_text(),
+        "steps": markdown(compared(pd.read_csv(RESULTS / "final.csv"), PAIRS, titles)),
+        "sources": (RESULTS / "ablations/cross/table.md").read_text(),
+    }
 
+
+def filled(text: str, tables: dict[str, str]) -> str:
+    """The document with each table between `<!-- NAME:begin -->` and `<!-- NAME:end -->`, if it has these."""
+    for name, table in tables.items():
+        markers = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+        text = re.sub(markers, lambda m, table=table: f"{m[1]}{table}{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs/mini.md")
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(), (ROOT / "results/mini/table.md").read_text()))
+    for document in DOCUMENTS:
+        text = filled(document.read_text(), tables())
+        with atomic(document) as partial:
+            partial.write_text(text)

@@ -1,6 +1,7 @@
 """Executed notebooks as one HTML page that needs nothing else: figures inside, formulas as MathML, no script.
 
-python -m report.page NOTEBOOK.ipynb … --out PAGE.html
+python -m report.page NOTEBOOK.ipynb … --out PAGE.html    in this order
+python -m report.page FOLDER --out PAGE.html              those of NOTEBOOKS that are there
 """
 
 import argparse
@@ -20,16 +21,22 @@ from neon import NeonError
 from neon.cli import command_line
 from neon.files import atomic, existing
 
+NOTEBOOKS = ("samples", "w_curves", "landscape", "budget", "ablations", "table_a1", "toy_gaussian", "quickstart")
 FORMULA = r"\$\$(.+?)\$\$|\$([^$\n][^$]*?)\$"
 STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
+body { overflow-wrap: break-word; }
+a { color: #0b57a4; }
 img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; }
+.wide { overflow-x: auto; overflow-wrap: normal; }
+table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
 pre { background: #f6f6f6; padding: .6rem; overflow-x: auto; font-size: .8rem; }
-summary { color: #777; font-size: .8rem; cursor: pointer; }
+math[display=block] { overflow-x: auto; }
+summary { color: #595959; font-size: .8rem; cursor: pointer; }
 nav { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem; }
-nav a { color: inherit; text-decoration: none; border: 1px solid #ddd; border-radius: .4rem; padding: .6rem; }
+nav a { color: inherit; text-decoration: none; border: 1px solid #767676; border-radius: .4rem; padding: .6rem; }
 nav img { height: 8rem; width: 100%; object-fit: contain; }
 section { border-top: 2px solid #ddd; margin-top: 3rem; }
 """
@@ -42,55 +49,66 @@ def page(notebooks: Sequence[str | Path], title: str) -> str:
     """
     index, sections = [], []
     for path in map(existing, notebooks):
-        try:
-            cells = nbformat.read(path, as_version=4).cells
-        except Exception as error:  # of several libraries
-            raise NeonError(f"{path}: not a notebook ({error})") from None
-        body = "\n".join(map(_cell, cells))
+        cells = _cells(path)
+        body = "\n".join(_cell(cell, path.stem) for cell in cells)
         heading = next((line[2:] for c in cells for line in c.source.splitlines() if line.startswith("# ")), path.stem)
         figure = re.search(r'base64,([^"]*)"', body)
         index.append(f'<a href="#{path.stem}">{_thumbnail(figure[1]) if figure else ""}<br>{html.escape(heading)}</a>')
         sections.append(f'<section id="{path.stem}">\n{body}\n</section>')
     return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n<nav>{''.join(index)}</nav>\n{''.join(sections)}\n</html>\n"
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<header><h1>{html.escape(title)}</h1></header>\n"
+        f'<nav aria-label="Notebooks">{"".join(index)}</nav>\n<main>\n{"".join(sections)}\n</main>\n</body>\n</html>\n'
     )
 
 
+def _cells(path: Path) -> list:
+    try:
+        return nbformat.read(path, as_version=4).cells
+    except Exception as error:  # of several libraries
+        raise NeonError(f"{path}: not a notebook ({error})") from None
+
+
 def _thumbnail(png: str) -> str:
+    """Of a link that its text describes."""
     image, small = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
     image.thumbnail((400, 260))
     image.save(small, "JPEG")
-    return _image(small.getvalue(), "jpeg")
+    return _image(small.getvalue(), "jpeg", "")
 
 
-def _image(data: bytes, kind: str) -> str:
-    return f'<img alt="figure" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+def _image(data: bytes, kind: str, alt: str) -> str:
+    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
 
-def _cell(cell) -> str:
+def _cell(cell, notebook: str) -> str:
     if cell.cell_type == "markdown":
-        return _markdown(cell.source)
-    code = f"<details><summary>code</summary><pre>{html.escape(cell.source)}</pre></details>"
-    return code + "\n".join(map(_output, cell.get("outputs", [])))
+        return _markdown(cell.source, notebook)
+    code = f"<details><summary>code</summary>{_pre(cell.source)}</details>"
+    return code + "\n".join(_output(output, notebook) for output in cell.get("outputs", []))
 
 
-def _output(output) -> str:
+def _pre(text: str) -> str:
+    """Scrolls sideways, with the keyboard too."""
+    return f'<pre tabindex="0">{html.escape(text)}</pre>'
+
+
+def _output(output, notebook: str) -> str:
     if output.output_type == "error":
-        return f"<pre>{html.escape(output.ename)}: {html.escape(output.evalue)}</pre>"
+        return _pre(f"{output.ename}: {output.evalue}")
     if output.output_type == "stream":
-        return f"<pre>{html.escape(output.text)}</pre>" if output.name == "stdout" else ""
+        return _pre(output.text) if output.name == "stdout" else ""
     data = output.data
     if "image/png" in data:
-        return _image(base64.b64decode(data["image/png"]), "png")
-    if "text/html" in data:
-        return re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.DOTALL)
+        alt = output.metadata.get("image/png", {}).get("alt", f"A figure of {notebook}.")
+        return _image(base64.b64decode(data["image/png"]), "png", alt)
     if "text/markdown" in data:
-        return _markdown(data["text/markdown"])
-    return f"<pre>{html.escape(data.get('text/plain', ''))}</pre>"
+        return _markdown(data["text/markdown"], notebook)
+    return _pre(data.get("text/plain", ""))
 
 
-def _markdown(source: str) -> str:
+def _markdown(source: str, notebook: str) -> str:
     formulas = []  # kept away from Markdown, to which _ and * mean something else
 
     def keep(match):
@@ -98,17 +116,43 @@ def _markdown(source: str) -> str:
         return f"\0{len(formulas) - 1}\0"
 
     rendered = mistune.html(re.sub(FORMULA, keep, source, flags=re.DOTALL))
-    rendered = re.sub(r'<a href="(?!https?:)[^"]*">(.*?)</a>', r"\1", rendered)  # files that the page does not hold
+    rendered = re.sub(r"(</?h)([1-5])", lambda m: f"{m[1]}{int(m[2]) + 1}", rendered)  # the page's title is its one h1
+    rendered = re.sub(r'<a href="(?!https?:)([^"]*)">(.*?)</a>', _link, rendered)
+    rendered = re.sub(r"<table>.*?</table>", _table, rendered, flags=re.DOTALL)
     return re.sub("\0(\\d+)\0", lambda m: formulas[int(m[1])], rendered)
+
+
+def _link(match: re.Match) -> str:
+    """To a notebook: to its section. To another file, which the page does not hold: its text alone."""
+    name = Path(match[1])
+    known = name.suffix == ".ipynb" and name.stem in NOTEBOOKS
+    return f'<a href="#{name.stem}">{match[2]}</a>' if known else match[2]
+
+
+def _table(match: re.Match) -> str:
+    """Scrolls sideways, with the keyboard too. A head without text is no head."""
+    table = re.sub(r"<th([^>]*)>\s*</th>", r"<td\1></td>", match[0])
+    return f'<div class="wide" tabindex="0" role="group" aria-label="Table">{table}</div>'
+
+
+def found(path: str | Path) -> list[Path]:
+    """A notebook itself; of a folder, those of NOTEBOOKS that are there, in that order. Raises NeonError if none is."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    paths = [file for name in NOTEBOOKS if (file := path / f"{name}.ipynb").exists()]
+    if not paths:
+        raise NeonError(f"{path}: no executed notebook in it")
+    return paths
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="+", help="executed .ipynb files, in order")
+    parser.add_argument("notebooks", nargs="+", help="executed .ipynb files, in order, or a folder of them")
     parser.add_argument("--title", default="Neon: results")
     parser.add_argument("--out", required=True, help=".html")
     args = parser.parse_args()
-    text = page(args.notebooks, args.title)
+    text = page([path for name in args.notebooks for path in found(name)], args.title)
     with atomic(args.out) as partial:
         partial.write_text(text)
 

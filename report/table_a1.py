@@ -19,6 +19,8 @@ from report.tables import (
     best_by_budget,
     final_table,
     markdown,
+    read_best,
+    read_curves,
     rows_of,
     summarise,
     table_of,
@@ -35,6 +37,17 @@ TITLES = {
 NOT_MEASURED = "not measured"
 RERUN = ["fid_rerun", "fid_rerun_se", "fid_rerun_min"]
 METRICS = ["fid", "is", "precision", "recall", "kid"]
+KINDS = {"cond": "conditional", "uncond": "unconditional"}
+# What a number of the paper does not say by itself: (benchmark, model) → a footnote.
+NOTES = {
+    ("imagenet256", "VAR-d16"): "At its published guidance. By guidance alone this base reaches 3.01.",
+    ("imagenet256", "VAR-d16 + DDO"): "With guidance; 3.12 without (arXiv 2503.01103).",
+    (
+        "imagenet256",
+        "VAR-d30 + DDO",
+    ): "Without guidance, next to the guided VAR-d16; 1.73 with guidance (arXiv 2503.01103).",
+}
+MARKS = dict(zip(NOTES, "¹²³"))
 
 
 def found(folder: Path, kind: str, params: dict) -> dict[str, list[dict]]:
@@ -133,13 +146,27 @@ def as_markdown(lines: pd.DataFrame, params: dict) -> str:
     for benchmark, title in TITLES.items():
         part = lines[lines["benchmark"] == benchmark].drop(columns=["benchmark", "measurable", *RERUN[1:]])
         part["fid_paper"] = part["fid_paper"].map("{:.2f}".format)
-        parts.append(f"**{title}**, FID\n\n{markdown(part.rename(columns=names))}")
+        part["model"] = [model + MARKS.get((benchmark, model), "") for model in part["model"]]
+        parts.append(f"**{title}**, FID\n\n{markdown(part.rename(columns=names))}{notes(benchmark)}")
     return "\n".join(parts)
 
 
-def reruns(final: pd.DataFrame) -> str:
+def notes(benchmark: str) -> str:
+    """The footnotes of one part of the table, a paragraph; '' if it has none."""
+    found = [f"{MARKS[at]} {note}" for at, note in NOTES.items() if at[0] == benchmark]
+    return f"\n{' '.join(found)}\n" if found else ""
+
+
+def title_of(point: dict) -> str:
+    """A model of the paper by name: 'EDM, CIFAR-10, conditional'."""
+    place = point["paper"]
+    model, data = place["rows"][1].removesuffix(" + Neon"), TITLES[place["table"]].partition(" ")[2]
+    return f"{model}, {data}, {KINDS[place['kind']]}"
+
+
+def reruns(final: pd.DataFrame, titles: dict[str, str]) -> str:
     """What the recipes gave, with the self-trained model, for reading; '' if no final evaluation is finished."""
-    return f"\n**Recipes rerun here**\n\n{markdown(final_table(final))}" if len(final) else ""
+    return f"\n**Recipes rerun here**\n\n{markdown(final_table(final, titles))}" if len(final) else ""
 
 
 def all_rows(found: dict[str, list[dict]]) -> pd.DataFrame:
@@ -153,12 +180,20 @@ def main(out: Path) -> None:
     search, final, released = (found(out, kind, params) for kind in ("search", "final", "released"))
     finished = all_rows({name: complete(over_sets(pd.DataFrame(rows))) for name, rows in final.items()})
     lines = table_a1(pd.read_csv(ROOT / "paper" / "table_a1.csv"), params, final, released)
+    titles = {name: title_of(point) for name, point in params["points"].items()}
+    searched = {
+        out / f"rows/search/{name}/{seed}.jsonl": {"setting": name, "seed": seed}
+        for name, rows in search.items()
+        for seed in {row["seed"]: None for row in rows}
+    }
     tables = {
         "table_a1.csv": lines.to_csv(index=False, float_format="%.6g"),
         "table_a1.json": lines.to_json(orient="records", indent=1),
-        "table_a1.md": as_markdown(lines, params) + reruns(finished),
-        "titles.json": json.dumps(dict(zip(params["points"], params["points"])), indent=1),
+        "table_a1.md": as_markdown(lines, params) + reruns(finished, titles),
+        "titles.json": json.dumps(titles, indent=1),
         "search.csv": as_csv(all_rows(search), CURVES),
+        "curves.csv": as_csv(read_curves(searched)),
+        "best.csv": as_csv(read_best(searched)),
         "budget.csv": as_csv(best_by_budget(all_rows(search))),
         "final.csv": as_csv(finished, ["role", *CURVES]),
         "settings.csv": as_csv(summarise(finished)),

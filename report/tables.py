@@ -26,8 +26,11 @@ SUMMARY = [
     *("precision_base", "precision_neon", "recall_base", "recall_neon", "num_images", "seconds"),
 ]
 CURVES = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se", "precision", "recall", "n"]
+PREDICTED = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se"]
+BEST = ["setting", "seed", "w", "w_lo", "w_hi"]
 OTHER_NAMES = {"cfg_scale": "cfg"}  # of guidance
 ROLES = ["base", "selftrained", "neon"]
+IN_WORDS = {"base": "base (w = 0)", "selftrained": "self-trained (w = −1)", "neon": "Neon (w*)"}  # roles
 
 
 # ---------------------------------------------------------------- rows of files
@@ -66,6 +69,41 @@ def read_rows(files: Mapping[Path, Mapping[str, object]], final: bool = False) -
     if not rows:
         raise NeonError("no results yet")
     return table_of(rows)
+
+
+def read_curves(files: Mapping[Path, Mapping[str, object]]) -> pd.DataFrame:
+    """What searches by a surface predict: X.curve.csv next to the rows X.jsonl, as far as there. Columns PREDICTED.
+
+    Raises NeonError if a file holds something else.
+    """
+    parts = [_curve(path, columns) for path, columns in files.items() if beside(path, "curve.csv").exists()]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=PREDICTED)
+
+
+def _curve(rows: Path, columns: Mapping[str, object]) -> pd.DataFrame:
+    path = beside(rows, "curve.csv")
+    try:
+        curve = pd.read_csv(path).rename(columns=OTHER_NAMES)
+        curve["w"] = curve["w"].astype(float).round(10) + 0.0  # no −0
+        curve[["budget", "fid"]] = curve[["budget", "fid"]].astype(float)
+    except (ValueError, KeyError):
+        raise NeonError(f"{path}: holds something other than a predicted curve") from None
+    return curve.assign(family=rows_of(rows)[0]["family"], **columns).reindex(columns=PREDICTED)
+
+
+def read_best(files: Mapping[Path, Mapping[str, object]]) -> pd.DataFrame:
+    """Each seed's best w and its interval, from X.best.json next to the rows X.jsonl, as far as there. Columns BEST."""
+    found = [
+        {**read_json(path), **columns}
+        for rows, columns in files.items()
+        if (path := beside(rows, "best.json")).exists()
+    ]
+    return pd.DataFrame(found).reindex(columns=BEST).dropna()
+
+
+def beside(rows: Path, name: str) -> Path:
+    """X.jsonl → X.NAME, another file of the same search."""
+    return rows.with_name(f"{rows.stem}.{name}")
 
 
 def files(roots: Iterable[Path], kind: str) -> dict[Path, dict]:
@@ -136,17 +174,17 @@ def chosen(w: Iterable[float]) -> str:
     If the base is best for some seeds, it counts as w = 0: '0–1, median 0 (none in 3 of 5)'.
     """
     w = np.asarray(list(w), dtype=float)
-    if (w == w[0]).all():
-        return f"{w[0]:g}" if w[0] else "none"
     none = int((w == 0).sum())
-    return f"{w.min():g}–{w.max():g}, median {np.median(w):g}" + (f" (none in {none} of {len(w)})" if none else "")
+    if none == len(w):
+        return "none"
+    return spread_in_words(w) + (f" (none in {none} of {len(w)})" if none else "")
 
 
-def with_w(settings: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
-    """The lines of `summarise` with the column 'w*' for reading, see `chosen`, in place of w_star. final: its rows."""
-    texts = final[final["role"] == "neon"].groupby("setting")["w"].agg(chosen)
-    shown = settings.rename(columns={"w_star": "w*"})
-    return shown.assign(**{"w*": settings["setting"].map(texts)})
+def spread_in_words(values: np.ndarray) -> str:
+    """'1.5' if all agree, otherwise range and median: '1–2, median 1'."""
+    if (values == values[0]).all():
+        return f"{values[0]:.3g}"
+    return f"{values.min():.3g}–{values.max():.3g}, median {np.median(values):.3g}"
 
 
 def best_by_budget(search: pd.DataFrame) -> pd.DataFrame:
@@ -161,20 +199,41 @@ def best_by_budget(search: pd.DataFrame) -> pd.DataFrame:
 
 
 def ends(best: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds of fid and w at the first, the best and the last B: index setting, num_synthetic, budget.
+    """The first, the best and the last B: mean FID over seeds and w as `chosen` writes it.
 
-    best: of `best_by_budget`.
+    best: of `best_by_budget`. Columns setting, num_synthetic, budget, fid, w.
     """
     keys = ["setting", "num_synthetic"]
-    mean = best.groupby([*keys, "budget"], sort=False)[["fid", "w"]].mean()
-    groups = (part.sort_index() for _, part in mean.groupby(keys, sort=False))
-    return pd.concat([part.iloc[sorted({0, part["fid"].argmin(), len(part) - 1})] for part in groups])
+    groups = best.groupby([*keys, "budget"], sort=False)
+    mean = groups.agg(fid=("fid", "mean"), w=("w", chosen)).reset_index()
+    parts = (part.sort_values("budget") for _, part in mean.groupby(keys, sort=False))
+    return pd.concat([part.iloc[sorted({0, part["fid"].argmin(), len(part) - 1})] for part in parts])
 
 
-def final_table(final: pd.DataFrame) -> pd.DataFrame:
+def ends_table(best: pd.DataFrame, titles: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """For reading, `ends` with the settings' titles."""
+    shown = ends(best)
+    names = {"num_synthetic": "|S|", "budget": "B", "fid": "best FID", "w": "its w"}
+    return shown.assign(setting=[titled(name, titles) for name in shown["setting"]]).rename(columns=names)
+
+
+def copies_table(copies: pd.DataFrame, titles: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """For reading: shares of samples that copy a training image, in per cent, mean and greatest over seeds.
+
+    copies: columns setting, role, copies.
+    """
+    shares = (100 * copies.groupby(["setting", "role"], sort=False)["copies"].agg(["mean", "max"])).reset_index()
+    shares = shares.assign(
+        setting=[titled(name, titles) for name in shares["setting"]], role=shares["role"].map(IN_WORDS)
+    )
+    return shares.rename(columns={"role": "model", "mean": "mean, %", "max": "greatest, %"})
+
+
+def final_table(final: pd.DataFrame, titles: Mapping[str, str] | None = None, guidance: bool = False) -> pd.DataFrame:
     """For reading, a line per setting: FIDs and gain, mean ± half of the 95 % interval; means of other metrics.
 
-    w* as `chosen` writes it; gain is paired within a seed; one seed has no interval. Raises NeonError as `summarise`.
+    w* as `chosen` writes it; gain is paired within a seed; one seed has no interval. guidance: with the γ that the
+    seeds chose for base and Neon. Raises NeonError as `summarise`.
     """
     lines = []
     for setting, rows in final.groupby("setting", sort=False):
@@ -185,13 +244,48 @@ def final_table(final: pd.DataFrame) -> pd.DataFrame:
             "FID Neon": of["neon"]["fid"],
             "gain": of["base"]["fid"] - of["neon"]["fid"],
         }
-        line = {"setting": setting, "seeds": len(of["base"]), "w*": chosen(of["neon"]["w"])}
+        line = {"setting": titled(setting, titles), "seeds": len(of["base"]), "w*": chosen(of["neon"]["w"])}
+        if guidance:
+            line |= {f"γ {name}": _guidance(of[role]) for role, name in (("base", "of base"), ("neon", "of Neon"))}
         line |= {name: _interval(values) for name, values in fids.items()}
         for metric in ("precision", "recall"):
             means = [of[role][metric].mean() for role in ("base", "neon")]
             line[metric] = "" if any(map(math.isnan, means)) else " → ".join(map("{:.3f}".format, means))
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+Model = tuple[str, str]  # a setting and a role
+
+
+def compared(final: pd.DataFrame, pairs: Iterable[tuple[Model, Model]], titles: Mapping[str, str]) -> pd.DataFrame:
+    """For reading: reported FID of two models of different settings or roles, and the difference within a seed.
+
+    It has its 95 % interval over the seeds that both have. Raises NeonError if they have none in common.
+    """
+    lines = []
+    for pair in pairs:
+        fids = [fid_of(final, *model) for model in pair]
+        names = [f"{titled(setting, titles)}: {IN_WORDS[role]}" for setting, role in pair]
+        difference = (fids[0] - fids[1]).dropna()
+        values = [f"{fid.mean():.3g}" for fid in fids]
+        lines.append([names[0], values[0], names[1], values[1], _interval(difference)])
+    return pd.DataFrame(lines, columns=["first", "FID", "second", "FID ", "first − second, paired"])
+
+
+def fid_of(final: pd.DataFrame, setting: str, role: str) -> pd.Series:
+    """Seed → reported FID."""
+    rows = final[(final["setting"].astype(str) == setting) & (final["role"] == role)]
+    return rows.set_index("seed")["fid"]
+
+
+def titled(setting: object, titles: Mapping[str, str] | None) -> str:
+    """A setting's title; its own name if it has none."""
+    return (titles or {}).get(str(setting), str(setting))
+
+
+def _guidance(rows: pd.DataFrame) -> str:
+    return "" if rows["cfg"].isna().any() else spread_in_words(rows["cfg"].to_numpy())
 
 
 def _interval(values: pd.Series) -> str:
@@ -205,7 +299,12 @@ def _interval(values: pd.Series) -> str:
 def markdown(table: pd.DataFrame, digits: int = 3) -> str:
     """A GitHub table; floats with `digits` significant digits."""
     cells = table.map(lambda v: f"{v:.{digits}g}" if isinstance(v, float) else str(v)).replace("nan", "")
-    lines = [list(table.columns), ["---"] * len(table.columns), *cells.to_numpy().tolist()]
+    cells = cells.map(lambda text: text.replace("|", "\\|"))
+    lines = [
+        [str(name).replace("|", "\\|") for name in table.columns],
+        ["---"] * len(table.columns),
+        *cells.to_numpy().tolist(),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -221,6 +320,12 @@ def write_all(folder: Path, tables: Mapping[str, str]) -> None:
             partial.write_text(text)
 
 
+def read_table(path: Path) -> pd.DataFrame | None:
+    """A table of results; None if it is not there or has no lines."""
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    return None if table.empty else table
+
+
 def read_titles(path: Path) -> dict[str, str]:
     """Setting → title, in order, from the YAML file's entry `titles`. Raises NeonError."""
     try:
@@ -231,10 +336,15 @@ def read_titles(path: Path) -> dict[str, str]:
 
 def read_ordered(roots: Iterable[Path], kind: str, titles: Mapping[str, str]) -> pd.DataFrame:
     """All rows of that kind under the folders, in the order of the titles. Raises NeonError."""
-    table, order = read_rows(files(roots, kind), kind == "final"), list(titles)
-    if missing := sorted(set(table["setting"]) - set(order)):
+    table = read_rows(files(roots, kind), kind == "final")
+    if missing := sorted(set(table["setting"]) - set(titles)):
         raise NeonError(f"no title for {', '.join(missing)}")
-    return table.sort_values("setting", key=lambda c: c.map(order.index), kind="stable")
+    return in_order(table, titles)
+
+
+def in_order(table: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
+    """The lines in the order of the titles of their settings."""
+    return table.sort_values("setting", key=lambda c: c.map(list(titles).index), kind="stable")
 
 
 def main() -> None:
@@ -245,14 +355,17 @@ def main() -> None:
     args = parser.parse_args()
     titles = read_titles(args.titles)
     search, final = (read_ordered(args.rows, kind, titles) for kind in ("search", "final"))
+    searched = {path: to for path, to in files(args.rows, "search").items() if to["setting"] in set(final["setting"])}
     settings = summarise(final)
     tables = {
         "search.csv": as_csv(search[search["setting"].isin(final["setting"])], CURVES),  # others vary B and |S| only
+        "curves.csv": as_csv(in_order(read_curves(searched), titles)),
+        "best.csv": as_csv(in_order(read_best(searched), titles)),
         "final.csv": as_csv(final, ["role", *CURVES]),
         "budget.csv": as_csv(best_by_budget(search)),
         "settings.csv": as_csv(settings),
         "summary.csv": as_csv(settings.drop_duplicates("family"), SUMMARY),  # a family's first setting
-        "table.md": markdown(final_table(final.replace({"setting": titles}))),
+        "table.md": markdown(final_table(final, titles)),
         "titles.json": json.dumps(titles, indent=1),
     }
     write_all(args.out, tables)

@@ -24,13 +24,16 @@ from report.tables import (
     as_csv,
     best_by_budget,
     chosen,
+    compared,
+    copies_table,
     ends,
+    ends_table,
     final_table,
+    markdown,
     read_rows,
     rows_of,
     summarise,
     table_of,
-    with_w,
 )
 
 
@@ -108,14 +111,19 @@ def test_tables_of_a_search_of_the_papers_size(tmp_path):
     again = pd.read_csv(io.StringIO(as_csv(best)))
     assert again["fid"].tolist() == pytest.approx(best["fid"].tolist(), rel=1e-4)  # infinity, too
     shown = ends(best)
-    assert shown.index.get_level_values("budget").tolist() == [0, 64, 64 * 35, 64 * 59]
-    assert shown["fid"].iloc[2] == pytest.approx(3) and shown["w"].iloc[2] == 1.6
+    assert shown["budget"].tolist() == [0, 64, 64 * 35, 64 * 59]
+    assert shown["fid"].iloc[2] == pytest.approx(3) and shown["w"].iloc[2] == "1.6"
 
 
 def test_ends_of_a_few_budgets(tmp_path):
-    shown = ends(best_by_budget(searched(tmp_path)))
-    assert shown.index.tolist() == [("imm4", *at) for at in [(0, 0), (100, 64), (100, 128), (200, 64), (200, 128)]]
+    best = best_by_budget(searched(tmp_path))
+    shown = ends(best)
+    at = shown[["setting", "num_synthetic", "budget"]].to_numpy().tolist()
+    assert at == [["imm4", *at] for at in [(0, 0), (100, 64), (100, 128), (200, 64), (200, 128)]]
     assert shown["fid"].tolist() == pytest.approx([10.5, 7.86, 7.22, 8.18, 7.86])
+    table = ends_table(best, {"imm4": "IMM, 4 steps"})
+    assert list(table) == ["setting", "|S|", "B", "best FID", "its w"] and set(table["setting"]) == {"IMM, 4 steps"}
+    assert table["its w"].tolist() == ["none", "1", "1", "1", "1"]
 
 
 def test_a_curve_has_the_best_row_at_each_w():
@@ -147,7 +155,6 @@ def test_w_has_one_form(w, text):
     assert final_table(final)["w*"].tolist() == [text]
     (line,) = summarise(final).to_dict("records")
     assert (line["w_star"], line["w_lo"], line["w_hi"]) == (np.median(w), min(w), max(w))
-    assert with_w(summarise(final), final)["w*"].tolist() == [text]
 
 
 def test_neon_is_the_base_where_no_w_is_better():
@@ -169,6 +176,33 @@ def test_one_seed_has_no_interval():
     assert math.isnan(line["gain_lo"]) and math.isnan(line["gain_hi"])
     (line,) = final_table(final).to_dict("records")
     assert line["FID Neon"] == "8" and line["gain"] == "2" and line["precision"] == ""
+
+
+def test_tables_have_titles_and_the_guidance_of_either_model():
+    final = finals([1.0, 2.0])
+    final.loc[(final["role"] == "neon") & (final["seed"] == 1), "cfg"] = 2
+    (line,) = final_table(final, {"imm4": "IMM, 4 steps"}, guidance=True).to_dict("records")
+    assert (line["setting"], line["γ of base"], line["γ of Neon"]) == ("IMM, 4 steps", "1.5", "1.5–2, median 1.75")
+    assert "γ of base" not in final_table(final)
+    copies = pd.DataFrame({"setting": 4, "role": ["base", "neon"] * 2, "copies": [0.01, 0.02, 0.03, 0.04]})
+    table = copies_table(copies, {"4": "Four"})
+    assert list(table) == ["setting", "model", "mean, %", "greatest, %"]
+    assert table.to_numpy().tolist() == [["Four", "base (w = 0)", 2.0, 3.0], ["Four", "Neon (w*)", 3.0, 4.0]]
+    assert markdown(pd.DataFrame({"|S|": [1]})).startswith("| \\|S\\| |\n")
+
+
+def test_models_are_compared_within_a_seed():
+    """A tenth apart between the settings in each seed: an interval of width 0, though the seeds differ by more."""
+    final = pd.concat([finals([1.0] * 3), finals([1.0] * 4, "imm8", neon=8.1)])
+    table = compared(
+        final, [(("imm8", "neon"), ("imm4", "neon")), (("imm4", "base"), ("imm4", "neon"))], {"imm4": "Four"}
+    )
+    assert table.iloc[:, :4].to_numpy().tolist() == [
+        ["imm8: Neon (w*)", "8.25", "Four: Neon (w*)", "8.1"],
+        ["Four: base (w = 0)", "10.1", "Four: Neon (w*)", "8.1"],
+    ]
+    assert [text.split(" ")[0] for text in table.iloc[:, 4]] == ["0.1", "2"]
+    assert float(table.iloc[0, 4].split(" ")[2]) < 1e-9
 
 
 def test_rows_of_a_final_evaluation_are_complete():
@@ -221,12 +255,51 @@ def test_the_tables_of_a_folder(tmp_path, run):
     assert status == 0, error
     assert out.splitlines()[2].startswith("| IMM, 4 steps | 2 | 0–1, median 0.5 (none in 1 of 2) | 20 ± 0 | 10 ± 0 |")
     tables = {path.name: path for path in (tmp_path / "out").iterdir()}
-    assert len(tables) == 7
+    assert len(tables) == 9
+    assert len(pd.read_csv(tables["curves.csv"])) == len(pd.read_csv(tables["best.csv"])) == 0  # searched by a grid
     search = pd.read_csv(tables["search.csv"])
     assert search["fid"].tolist() == [10, 5, math.inf, 9] * 2 and search["cfg"].eq(1.5).all()
     assert pd.read_csv(tables["budget.csv"])["fid"].tolist() == [10, 9] * 2
     summary = pd.read_csv(tables["summary.csv"])
     assert summary[["w_star", "w_lo", "w_hi", "fid_neon"]].to_numpy().tolist() == [[0.5, 0, 1, 9]]
+
+
+def predicted(path: Path, seed: int):
+    """What a search by a surface writes next to its rows."""
+    write(path, [row(0.0, 10, 0, 0), row(1.2 + seed / 10, 8, 64, 100)])
+    lines = [f"{w},{g},64,{10 - w + g / 10},{0.2 if g == 2 else ''}" for g in (1, 2) for w in (-0.0, 1e-17, 0.5, 1)]
+    path.with_name(f"{seed}.curve.csv").write_text("w,cfg_scale,budget,fid,fid_se\n" + "\n".join(lines) + "\n")
+    best = {"w": 1.0, "w_lo": 0.8, "w_hi": 1.3, "cfg_scale": 2, "evaluations": 12}
+    path.with_name(f"{seed}.best.json").write_text(json.dumps(best if seed else {"w": 1.0}))
+
+
+def test_predicted_curves_of_a_folder(tmp_path, run):
+    """Collected next to the measured rows; intervals as far as there."""
+    for seed in (0, 1):
+        predicted(tmp_path / f"rows/search/imm4/{seed}.jsonl", seed)
+        write(tmp_path / f"rows/final/imm4/{seed}.jsonl", final_rows(1.0))
+    (tmp_path / "titles.yaml").write_text("titles: {imm4: 'IMM, 4 steps'}")
+    command = ("--titles", tmp_path / "titles.yaml", "--out", tmp_path / "out", "--rows", tmp_path / "rows")
+    status, _, error = run("report.tables", *command)
+    assert status == 0, error
+    curves = pd.read_csv(tmp_path / "out/curves.csv")
+    assert list(curves) == ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se"] and len(curves) == 16
+    assert curves["w"].tolist() == [0, 0, 0.5, 1] * 4 and set(curves["family"]) == {"imm"}
+    assert curves["fid_se"].notna().sum() == 8 and curves["seed"].tolist() == [0] * 8 + [1] * 8
+    assert pd.read_csv(tmp_path / "out/best.csv").to_numpy().tolist() == [["imm4", 1, 1.0, 0.8, 1.3]]
+    assert pd.read_csv(tmp_path / "out/search.csv")["w"].tolist() == [0, 1.2, 0, 1.3]
+    broken = tmp_path / "rows/search/imm4/0.curve.csv"
+    broken.write_text("w,fid\n1,2\n")
+    status, _, error = run("report.tables", *command)
+    assert status == 1 and error == f"error: {broken}: holds something other than a predicted curve\n"
+
+
+def test_predictions_of_the_papers_models(tmp_path):
+    predicted(tmp_path / "rows/search/imm_t1.jsonl", 1)
+    (tmp_path / "rows/search/1.curve.csv").rename(tmp_path / "rows/search/imm_t1.curve.csv")
+    write_table_a1(tmp_path)
+    curves = pd.read_csv(tmp_path / "curves.csv")
+    assert len(curves) == 8 and set(curves["setting"]) == {"imm_t1"}
 
 
 def test_what_is_wrong_is_one_line(tmp_path, run):
@@ -299,16 +372,15 @@ def executed(name, results: Path) -> dict:
             assert not cell["outputs"]
             exec("".join(cell["source"]), namespace)
             if "parameters" in cell["metadata"].get("tags", []):
-                namespace["results"] = str(results)
+                namespace |= {"results": str(results), "out": str(results)}
     plt.close("all")
     return namespace
 
 
-def test_the_notebook_draws_what_there_is(tmp_path, capsys):
+def test_the_notebook_draws_what_there_is(tmp_path):
     best_by_budget(searched(tmp_path)).to_csv(tmp_path / "budget.csv", index=False)
     pd.Series({"imm4": "IMM"}).to_json(tmp_path / "titles.json")
     executed("budget", tmp_path)
-    assert "imm4" in capsys.readouterr().out
     assert (tmp_path / "budget.png").stat().st_size > 5000
 
 
@@ -331,8 +403,11 @@ def test_notebooks_of_the_papers_size(tmp_path, capsys):
     write(tmp_path / "rows/final/imm_t1/0/3000000-3049999.jsonl", final_rows(0.0))
     write_table_a1(tmp_path)
     table = capsys.readouterr().out
-    assert "**Recipes rerun here**" in table and "| imm_t1 | 1 | none | 20 | 10 | 10 | 0 |  |  |" in table
+    assert (
+        "**Recipes rerun here**" in table
+        and "| IMM (T=1), ImageNet-256, conditional | 1 | none | 20 | 10 | 10 | 0 |  |  |" in table
+    )
+    assert "| VAR-d30 + DDO³ |" in table and "³ Without guidance" in table
     found = {name: executed(name, tmp_path) for name in names}
     assert found["w_curves"]["figure"].axes[0].get_lines()
     assert (tmp_path / "before_after.png").exists() and not (tmp_path / "asymptotes.png").exists()
-    assert "none" in capsys.readouterr().out
