@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PATH := $(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::UserWarning:multiprocessing.resource_tracker
 
-.PHONY: setup demo mini mini-ablations test lint format lock clean
+.PHONY: setup demo mini mini-ablations mini-methods test lint format lock clean
 
 setup: .venv/installed
 
@@ -28,6 +28,11 @@ mini-ablations: setup
 	@cd mini/ablations && dvc repro
 	@cd mini && dvc repro --single-item --force page
 	@for ablation in cross part guidance; do echo; cat results/mini/ablations/$$ablation/table.md; done
+
+# The search by surface against the whole grid, also on fresh seeds.
+mini-methods: setup
+	@cd mini/methods && dvc repro
+	@echo; cat results/mini/methods.md
 
 test: setup
 	pytest

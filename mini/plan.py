@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import yaml
 
-from mini.settings import ABLATIONS, BASES, BATCH, CHAINS, Base, Chain, Setting
+from mini.settings import ABLATIONS, ALL, BASES, BATCH, CHAINS, Base, Chain, Setting
 from neon.files import atomic
+from neon.sampling import parse_seeds
 
 
 class Job(NamedTuple):
@@ -41,8 +42,8 @@ def flag(name: str, value: object) -> list[str]:
     return [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
 
 
-def commas(values: tuple[float, ...]) -> str:
-    return ",".join(map(str, values))
+def commas(values: tuple[float, ...] | str) -> str:
+    return values if isinstance(values, str) else ",".join(map(str, values))
 
 
 def train(base: Base, seed: int, out: str, **options: object) -> list[str]:
@@ -87,12 +88,17 @@ class Run:
         if self.setting.real:
             return "runs/data/train"
         other = self.setting.S or self.setting.of
-        return f"runs/S/{other}/{self.seed}" if other else self.path("S")
+        return self.others("S", other) if other else self.path("S")
+
+    def others(self, kind: str, place: str) -> str:
+        """The same of CHAIN/SETTING."""
+        chain, _, setting = place.partition("/")
+        return f"{ALL[chain].folder.format(chain=chain, kind=kind)}/{setting}/{self.seed}"
 
     def fine_tunes(self) -> list[str]:
         """What the search reads: folders with snapshots, or one snapshot."""
         other = self.setting.of
-        whole = f"runs/selftrain/{other}/{self.seed}" if other else self.path("selftrain")
+        whole = self.others("selftrain", other) if other else self.path("selftrain")
         if self.setting.snapshot:
             whole += f"/snapshot-{self.setting.snapshot:09d}.safetensors"
         return [*(self.path("selftrain", size) for size in self.setting.parts), whole]
@@ -135,8 +141,12 @@ class Run:
         )
 
     def search(self) -> Iterator[list[str]]:
-        points = {"selftrained": self.fine_tunes(), "w": self.setting.w, "grid": self.setting.grid}
-        yield self.measured("search", self.chain.images.search, "train", **points)
+        w, grid, seeds = self.setting.w, self.setting.grid, self.chain.images.search
+        where = {"method": self.setting.method, "w": w, "grid": grid}
+        if self.setting.method == "surface":  # `first`: as many images for every seed, so that means compare
+            ranges = {name: f"{values[0]}:{values[-1]}" for name, values in grid.items()}
+            where |= {"w": f"0:{w[-1]}", "grid": ranges, "first": len(parse_seeds(seeds))}
+        yield self.measured("search", seeds, "train", selftrained=self.fine_tunes(), **where)
 
     def final(self) -> Iterator[list[str]]:
         if self.chain.images.final:
@@ -177,7 +187,7 @@ def plan() -> dict[tuple[str, str], list[Job]]:
         ("base", name): [Job("", seed, train(base, seed, f"runs/base/{name}/{seed}")) for seed in base.seeds]
         for name, base in BASES.items()
     }
-    for name, chain in (CHAINS | ABLATIONS).items():
+    for name, chain in ALL.items():
         for stage in STAGES:
             made = [Job(run.name, run.seed, command) for run in runs(name, chain) for command in getattr(run, stage)()]
             if made:

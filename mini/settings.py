@@ -1,10 +1,11 @@
 """The mini scale: every number that its pipeline uses. plan.py makes commands from them; run.py prints or runs these.
 
 Seeds 0… are the reported replicates (each has its own base, S, fine-tune and evaluation noise). Seeds 100… were used to
-choose these values.
+choose these values and those of the search by surface; 103… only to test it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 Options = dict[str, object]  # of a `neon` command: {"num_steps": 10} is --num_steps 10
 Values = tuple[float, ...]
@@ -41,8 +42,11 @@ class Setting:
     sampling: Options  # of S, of the search and of the reported images
     synthetic: Options = field(default_factory=dict)  # more of them, of S alone
     training: Options = field(default_factory=dict)  # changes to the recipe `digits`
-    w: Values  # searched
-    grid: dict[str, Values] = field(default_factory=dict)  # searched together with w
+    w: Values  # searched: all of them by a grid, 0 to the last by a surface
+    grid: dict[str, Values] = field(
+        default_factory=dict
+    )  # searched together with w: all, or from the first to the last
+    method: Literal["surface", "grid"] = "surface"
 
     # What it takes from elsewhere. CHAIN/SETTING names a setting of a chain.
     real: bool = False  # fine-tuned on the training digits in place of S
@@ -66,6 +70,8 @@ class Chain:
     folder: str = "runs/{kind}/{chain}"  # where its files are; kind: S, selftrain, rows, base
 
 
+FRESH = range(103, 106)
+
 BASES = {
     "edm": Base("edm", range(3)),
     "edm-more": Base("edm", range(3, 5)),
@@ -73,6 +79,11 @@ BASES = {
     "var": Base("var", range(5), {"vae_ckpt": "runs/vqvae.safetensors"}),
     "xar": Base("xar", range(5)),
     "imm": Base("imm", range(5)),
+    "edm-fresh": Base("edm", FRESH),
+    "flow-fresh": Base("flow", FRESH),
+    "var-fresh": Base("var", FRESH, {"vae_ckpt": "runs/vqvae.safetensors"}),
+    "xar-fresh": Base("xar", FRESH),
+    "imm-fresh": Base("imm", FRESH),
 }
 
 SHORT = {"budget": 12800, "snapshot": 12800}  # a fine-tune of one snapshot
@@ -95,6 +106,7 @@ REAL = Setting(
     real=True,
     training=SHORT,
     w=(-1, 0, 1),
+    method="grid",  # what it shows is a curve that is flat on both sides
 )
 HEUN18 = Setting(
     title="EDM, 18 Heun steps (the paper's sampler)",
@@ -159,6 +171,7 @@ SIZES = Setting(
     of="imm/imm8",
     parts=(100, 500),
     w=(0, 1, 2, 4),
+    method="grid",  # of all snapshots
 )
 
 # `make mini`; tables and figures show the settings in this order. The demo is the first chain alone.
@@ -245,3 +258,46 @@ ABLATIONS = {
         folder=ABLATION,
     ),
 }
+
+METHOD = "runs/methods/{chain}/{kind}"
+
+
+def fresh(name: str, *settings: str) -> Chain:
+    """A chain's settings on seeds that nothing was chosen with."""
+    chain = CHAINS[name]
+    found = {
+        key: replace(one, of=one.of and f"fresh-{one.of}") for key, one in chain.settings.items() if key in settings
+    }
+    return replace(chain, base=f"{chain.base}-fresh", seeds=FRESH, settings=found, folder=METHOD)
+
+
+def by_grid(name: str, chain: Chain) -> Chain:
+    """The same S and fine-tunes, searched by the grid."""
+    found = {key: replace(one, of=one.of or f"{name}/{key}", method="grid") for key, one in chain.settings.items()}
+    return replace(chain, seeds=chain.seeds[:3], settings=found, folder=METHOD)
+
+
+def some(name: str, *settings: str) -> Chain:
+    return replace(CHAINS[name], settings={key: CHAINS[name].settings[key] for key in settings})
+
+
+# `make mini-methods`: the search by surface against the whole grid, on reported seeds and on fresh ones. The committed
+# searches by surface are those of CHAINS.
+COMPARED = {
+    "demo": some("demo", "euler10"),
+    "paper": some("paper", "heun18"),
+    "flow": some("flow", "fm4"),
+    "var": some("var", "tau06"),
+    "xar": some("xar", "cfg2"),
+    "imm": some("imm", "imm8", "imm1"),
+    "fresh-demo": fresh("demo", "euler10"),
+    "fresh-paper": fresh("paper", "heun18"),
+    "fresh-flow": fresh("flow", "fm4"),
+    "fresh-var": fresh("var", "tau06"),
+    "fresh-xar": fresh("xar", "cfg2"),
+    "fresh-imm": fresh("imm", "imm8", "imm1"),
+}
+METHODS = {name: chain for name, chain in COMPARED.items() if name.startswith("fresh-")}
+METHODS |= {f"grid-{name}": by_grid(name, chain) for name, chain in COMPARED.items()}
+
+ALL = CHAINS | ABLATIONS | METHODS
