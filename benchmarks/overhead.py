@@ -33,8 +33,13 @@ from neon.weights.checkpoint import save_safetensors
 from VAR.configs import CONFIGS
 from VAR.vqvae import VQVAE
 
-# Sampling options that are not the family's default, and what of a model is a forward pass: paths to its methods.
-SAMPLING = {"edm": {"num_steps": 18}, "imm": {"num_steps": 8}, "var": {"top_k": 100}}
+# Sampling options that are not the family's default.
+SAMPLING = {
+    "edm:digits": {"num_steps": 18},
+    "imm:digits": {"num_steps": 8},
+    "var:digits": {"temperature": 0.6, "top_k": 0, "top_p": 0.0},  # as the mini scale draws
+}
+# What of a model is a forward pass: paths to its methods.
 FORWARD = {
     "edm": ["forward"],
     "flow": ["forward"],
@@ -107,7 +112,7 @@ def measure(name: str, images: int, batch: int, here: World, folder: Path) -> Co
     kind, _, network = name.partition(":")
     family = get_family(kind)
     model, extractor = model_of(family, network, here, folder), extractor_of(network, here, folder)
-    sampling = {field.name: field.default for field in fields(family.Sampling)} | SAMPLING.get(kind, {})
+    sampling = {field.name: field.default for field in fields(family.Sampling)} | SAMPLING.get(name, {})
     reference = reference_of(extractor.dim)
     _ = reference.root
     evaluate = Evaluation(torch.arange(images), extractor, reference, ("fid",), batch, here)

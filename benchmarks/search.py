@@ -1,6 +1,6 @@
 """Seconds of k points of a search in one process, against a process for each point, and against the released way.
 
-    python benchmarks/search.py [--points 3] [--images 64] [--features inception:random]
+    python benchmarks/search.py [--points 3] [--images 32] [--features inception:random]
     python benchmarks/search.py --memory 500
 
 One process: both checkpoints read once, merged in place. A process each: `neon merge`, then calculate_fid.py. The
@@ -172,7 +172,7 @@ def main() -> None:
         return known[way](Path(folder), features, int(images), list(map(float, strengths)))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=3)
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--features", default="inception:random")
     parser.add_argument("--memory", type=int, metavar="MB", help="compare peak memory instead, with such a network")
     args = parser.parse_args()
