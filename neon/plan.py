@@ -187,7 +187,7 @@ class _Plan:
             yield self.trained(name, item)
         for name, item in self.items("points"):
             yield self.searched(name, item)
-            yield self.evaluated("final", name, item, item["base"], ROLES, self.guided(item))
+            yield self.compared(name, item)
             yield self.shown(name, item)
 
     def items(self, section: str) -> Iterator[tuple[str, dict]]:
@@ -198,6 +198,14 @@ class _Plan:
 
     def seeds(self, stage: str) -> int:
         return len(parse_seeds(str(self.params["seeds"][stage])))
+
+    def fine_tunes(self) -> int:
+        """Of each model; searched and evaluated one by one."""
+        return len(str(self.params["seeds"].get("selftrain", 0)).split())
+
+    def search(self, item: Mapping) -> dict:
+        """Options of a point's search: those of all, and its own."""
+        return {**(self.params.get("search") or {}), **(item.get("search") or {}), **(item.get("values") or {})}
 
     def model_of(self, item: Mapping) -> str:
         return next((name for name, model in self.models.items() if model["base"] == item.get("base")), "")
@@ -214,7 +222,7 @@ class _Plan:
 
     def guided(self, item: Mapping) -> dict:
         """The point's sampling options, with the searched one that costs most."""
-        return costliest(*self.network(item, item["base"]), item.get("sampling") or {}, _grids(item))
+        return costliest(*self.network(item, item["base"]), item.get("sampling") or {}, _grids(self.search(item)))
 
     def evaluated(self, stage, name, item, checkpoint, evaluations, options) -> Row:
         family, network = self.network(item, checkpoint)
@@ -222,11 +230,20 @@ class _Plan:
         return Row(stage, name, self.model_of(item), evaluations, evaluations * self.seeds(stage), each)
 
     def searched(self, name: str, item: Mapping) -> Row:
-        search, recipe = item.get("search") or {}, self.recipe(item)
+        search, recipe = self.search(item), self.recipe(item)
         method, most = search.get("method", "surface"), int(search.get("evaluations", EVALUATIONS))
-        evaluations = evaluations_of(str(search.get("w", "")), _grids(item), method, most, snapshots_of(recipe))
+        each = evaluations_of(str(search.get("w", "")), _grids(search), method, most, snapshots_of(recipe))
+        evaluations = each * self.fine_tunes()
         row = self.evaluated("search", name, item, item["base"], evaluations, self.guided(item))
         return row._replace(disk=row.images * DIM * 4)
+
+    def compared(self, name: str, item: Mapping) -> Row:
+        """The final evaluation, on as many sets of new images as the point asks for."""
+        seeds = self.params["seeds"]
+        sets = [str(seeds["final"]), *str(seeds.get("more") or "").split()][: int(item.get("sets", 1))]
+        roles = ROLES * self.fine_tunes()
+        row = self.evaluated("final", name, item, item["base"], roles * len(sets), self.guided(item))
+        return row._replace(images=roles * sum(len(parse_seeds(part)) for part in sets))
 
     def generated(self, name: str, item: Mapping) -> Row:
         family, network = self.network(item, item["base"])
@@ -249,7 +266,8 @@ class _Plan:
         (family, network), recipe = self.network(item, item["base"]), self.recipe(item)
         snapshots, state = training_bytes(family, network, recipe, bool((item.get("train") or {}).get("raw")))
         each = training(family, network, recipe)
-        return Row("selftrain", name, name, 0, trained_images(recipe), each, snapshots + state, snapshots)
+        snapshots, images = (self.fine_tunes() * part for part in (snapshots, trained_images(recipe)))
+        return Row("selftrain", name, name, 0, images, each, snapshots + state, snapshots)
 
     def shown(self, name: str, item: Mapping) -> Row:
         family, network = self.network(item, item["base"])
@@ -285,8 +303,8 @@ class _Plan:
         return found
 
 
-def _grids(item: Mapping) -> list[str]:
-    grid = (item.get("search") or {}).get("grid") or []
+def _grids(search: Mapping) -> list[str]:
+    grid = search.get("grid") or []
     return [grid] if isinstance(grid, str) else list(grid)
 
 

@@ -354,6 +354,18 @@ def test_a_params_file_decides(tmp_path):
     assert planned(tmp_path, default)["search_evaluations"] == 12
 
 
+def test_several_fine_tunes_and_sets_of_images_cost_as_many_times(tmp_path):
+    once = planned(tmp_path, params())["stages"]
+    seeds = {**params()["seeds"], "selftrain": "0 1", "more": "5000-5999 7000-7999"}
+    point = {"model": "m", "sampling": {"num_steps": 4}, "values": {"w": "0:2"}, "sets": 2}
+    changed = params(seeds=seeds, points={"p": point}, search={"method": "surface", "evaluations": 7})
+    found = planned(tmp_path, changed)["stages"]
+    assert found["selftrain"]["images"] == 2 * once["selftrain"]["images"]
+    assert found["selftrain"]["dvc_copy_bytes"] == 2 * once["selftrain"]["dvc_copy_bytes"]
+    assert found["search"]["evaluations"] == 2 * 7 and found["search"]["images"] == 2 * 7 * 1_000
+    assert found["final"]["evaluations"] == 2 * 2 * 3 and found["final"]["images"] == 2 * 3 * (2_000 + 1_000)
+
+
 def test_device_rate_and_number_of_gpus(tmp_path):
     at_100 = planned(tmp_path, params(), "--tflops", 100)
     assert at_100["gpu_hours"] == pytest.approx(at_100["flops"] / 100e12 / 3600)
