@@ -1,9 +1,11 @@
 """The training loop: what a step does, and that a run that was killed ends as if it had not been."""
 
 import json
+import math
 import random
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +105,9 @@ class Pretended(World):
     def barrier(self):
         pass
 
+    def gather(self, value):
+        return [value]
+
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_images_and_each_image_keeps_its_noise(tmp_path, processes):
@@ -135,10 +140,14 @@ def test_clipping_and_what_the_log_says(tmp_path):
     """With eps = 1 the first step of Adam is −lr g / (|g| + 1), so the norm of g shows."""
     family, model = toy(lambda model, images: 30 * model.a + 40 * model.b, a=0.0, b=0.0)
     recipe = replace(PLAIN, budget=8, eps=1.0, clip=5.0)
+    began = time.monotonic()
     train(family, model, Numbers(16), recipe, tmp_path, world=ALONE)
     assert [model.a.item(), model.b.item()] == pytest.approx([-0.1 * 3 / 4, -0.1 * 4 / 5], rel=1e-5)
     (row,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    taken, when = row.pop("images_per_second"), datetime.fromisoformat(row.pop("time"))
     assert row == {"images": 8, "loss": 0.0, "grad_norm": pytest.approx(50.0), "lr": 0.1}
+    assert 8 / (time.monotonic() - began) <= taken < math.inf
+    assert abs((datetime.now(UTC) - when).total_seconds()) < 10
 
 
 def test_long_runs_log_a_hundred_means(tmp_path):

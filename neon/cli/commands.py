@@ -89,6 +89,9 @@ def run_convert(args) -> None:
         print(f"{args.out}: from {weights.origin}")
 
 
+TRAINING = ("micro_batch", "save_every", "save_minutes", "tensorboard", "replace")  # options that change no weights
+
+
 def run_train(args) -> None:
     family = get_family(args.family)
     recipe = named(family.recipes, args.recipe, "recipe")
@@ -111,7 +114,7 @@ def run_train(args) -> None:
             origin["vae"] = vae
         if (record := Path(args.data, "generate.json")).exists():
             origin["data"] = sha256(record)
-        options = {name: getattr(args, name) for name in ("micro_batch", "save_every", "replace")} | {"origin": origin}
+        options = {name: getattr(args, name) for name in TRAINING} | {"origin": origin}
         written = train(family, model, data, recipe, args.out, world=here, seed=args.seed, **options)
         if here.rank == 0:
             print(f"{len(written)} snapshots in {args.out}, the last is {written[-1].name} ({recipe.precision})")

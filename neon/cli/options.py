@@ -136,6 +136,8 @@ def add_training(p: argparse.ArgumentParser, family) -> None:
     add_replace(p)
     p.add_argument("--micro_batch", type=count, help="images per forward pass and process")
     p.add_argument("--save_every", type=count, help="images between saved states (default: at snapshots)")
+    p.add_argument("--save_minutes", type=rate, metavar="M", help="also save the state every M minutes")
+    p.add_argument("--tensorboard", metavar="DIR", help="also write the numbers of log.jsonl for TensorBoard to DIR")
     if family:
         add_fields(p, family.Loading)
     changes = p.add_argument_group("changes to the recipe")

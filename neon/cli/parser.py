@@ -54,12 +54,18 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name, run, help, more=""):
+    def command(name, run, help, more="", left="nothing of it is kept"):
+        """left: what a run that SIGTERM stops leaves, with the names of options in braces."""
         sub = commands.add_parser(name, help=help, description=help + more)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, left=left)
         return sub
 
-    p = command("download", "run_download", "download the checkpoints and statistics listed in downloads.csv")
+    p = command(
+        "download",
+        "run_download",
+        "download the checkpoints and statistics listed in downloads.csv",
+        left="what was downloaded is kept; the same command resumes",
+    )
     p.add_argument(
         "names", nargs="*", metavar="NAME", help="file or group: released, stats, base, vae (default: the first two)"
     )
@@ -92,7 +98,12 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_training(p, family)
     add_preset(p, chosen("selftrain"))
 
-    p = command("generate", "run_generate", "write the synthetic set S: one PNG per seed and dataset.json")
+    p = command(
+        "generate",
+        "run_generate",
+        "write the synthetic set S: one PNG per seed and dataset.json",
+        left="the images made so far are in {out}; the same command resumes",
+    )
     add_model(p, "--model")
     p.add_argument("--out", required=True, help="folder; an interrupted run resumes")
     add_replace(p)
@@ -114,6 +125,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
         "evaluate a grid of w, snapshots and sampling options",
         ". Each point is a merge θ_r − w (θ_s − θ_r) made in memory, sampled from the same seeds and measured: one row"
         " of --out. An interrupted search resumes. Best is the lowest FID over w >= 0; `neon final` measures it again.",
+        left="the rows measured so far are in {out}; the same command resumes",
     )
     add_model(p, "--base")
     p.add_argument(
@@ -129,7 +141,12 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_evaluation(p)
     add_preset(p, chosen("search"))
 
-    p = command("final", "run_final", "evaluate base, self-trained model and the best point of a search on new seeds")
+    p = command(
+        "final",
+        "run_final",
+        "evaluate base, self-trained model and the best point of a search on new seeds",
+        left="the rows measured so far are in {out}; the same command resumes",
+    )
     add_model(p, "--base")
     p.add_argument("--search", required=True, help="what `neon search` wrote")
     p.add_argument("--out", required=True, help="JSON-lines file")
