@@ -130,6 +130,14 @@ def existing(path: str | Path) -> Path:
     return path
 
 
+def same_file(one: str | Path, other: str | Path) -> bool:
+    """Do both paths lead to one file or folder, also through links?"""
+    one, other = Path(one), Path(other)
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return one.resolve() == other.resolve()
+
+
 def sha256(path: str | Path) -> str:
     """Hexadecimal digest of a file, or of all files of a folder with their names, in sorted order."""
     path = existing(path)

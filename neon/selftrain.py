@@ -20,7 +20,7 @@ from neon.data import ORDERS, ImageSet, batches
 from neon.distributed import World
 from neon.dropout import masks_of
 from neon.family import Family, Recipe, rows_of
-from neon.files import discard, progress
+from neon.files import discard, progress, to_json
 from neon.precision import autocast
 from neon.stop import Terminated, deferred
 from neon.weights.checkpoint import open_weights, save_safetensors
@@ -335,7 +335,7 @@ class _Log:
         row = {"images": images, **numbers, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         if self.world.rank == 0:
             with self.path.open("a") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(to_json(row) + "\n")
         if self.board:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, images)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -419,3 +420,39 @@ def test_batch_must_divide_over_processes(tmp_path):
     with pytest.raises(NeonError, match="batch 8 does not divide over 3 processes"):
         train(family, model, Numbers(16), PLAIN, tmp_path / "run", world=World(0, 3))
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- TensorBoard
+
+
+def test_tensorboard_shows_the_log(tmp_path):
+    """Every number of the log under the images seen; what an interrupted run wrote after its state is hidden."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def run(steps=None):
+        calls = iter(range(steps or 99))
+
+        def loss(model, images):
+            if next(calls, None) is None:
+                raise Killed
+            return line(model, images)
+
+        family, model = toy(loss, a=1.0, b=0.0)
+        options = {"world": ALONE, "save_every": 24, "tensorboard": tmp_path / "board"}
+        train(family, model, Numbers(16), PLAIN, tmp_path / "run", **options)
+
+    with pytest.raises(Killed):
+        run(steps=5)
+    run()
+    shown = EventAccumulator(str(tmp_path / "board")).Reload()
+    log = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in log] == list(range(8, 65, 8))
+    for name in ("loss", "grad_norm", "lr", "images_per_second"):
+        events = [(event.step, event.value) for event in shown.Scalars(name)]
+        assert events == [(row["images"], pytest.approx(row[name], rel=1e-6)) for row in log]
+
+
+def test_tensorboard_is_an_extra(mini, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    error = error_of(*selftrain(mini, tmp_path / "run", budget=128), "--tensorboard", tmp_path / "board")
+    assert "this needs tensorboard, of the extra tensorboard: pip install '.[tensorboard]'" in error

@@ -10,11 +10,12 @@ import time
 
 import pytest
 import torch
-from processes import BIN, ROOT, error_of, files, neon, ranks, torchrun, words
+from processes import BIN, ROOT, files, neon, ranks, words
 from test_selftrain import ALONE, PLAIN, Numbers, images_in, line, selftrain, toy
 
+from neon.cli import command_line
 from neon.selftrain import train
-from neon.stop import Terminated, attended
+from neon.stop import Terminated, attended, deferred
 
 LONG = {"budget": 64_000, "snapshot": 64_000}
 
@@ -96,6 +97,7 @@ def test_two_processes_stop_at_the_same_step(mini, tmp_path, who):
     assert not list(out.glob("snapshot-*")) and not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_torchrun_passes_it_on(mini, tmp_path):
     out = tmp_path / "stopped"
     argv = ["--standalone", "--nproc_per_node=2", "-m", "neon.cli", *words(selftrain(mini, out, **LONG))]
@@ -157,6 +159,39 @@ def test_generate_resumes(mini, tmp_path):
     assert len(list(out.rglob("*.png"))) < 9999
 
 
+def test_two_processes_that_generate_stop(mini, tmp_path):
+    """The one that is through with its images waits for the other one: both end, and so does the run."""
+    out = tmp_path / "S"
+    command = ["generate", *mini.sampling, "--model", mini.base, "--seeds", "0-9999", "--batch_size", 8, "--out", out]
+    both = ranks(2, *command)
+    deadline = time.monotonic() + 60
+    while len(list(out.rglob("*.png"))) < 20:
+        assert all(process.is_alive() for process in both) and time.monotonic() < deadline
+        time.sleep(0.005)
+    for process in both:
+        os.kill(process.pid, signal.SIGTERM)
+    for process in both:
+        process.join(30)
+        assert process.exitcode == 143
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_process_that_waits_for_one_that_was_stopped(capsys):
+    """Its connection breaks: a RuntimeError, which is no news after SIGTERM, and a defect without it."""
+    code = "def run(): {}raise RuntimeError('Connection closed by peer')"
+
+    def ends(before):
+        space = {}
+        exec(code.format(before), {"os": os, "signal": signal, "deferred": deferred}, space)
+        command_line(space["run"])
+
+    with pytest.raises(SystemExit, match="143"):
+        ends("exec('with deferred(): os.kill(os.getpid(), signal.SIGTERM)'); ")
+    assert capsys.readouterr().err == "stopped by SIGTERM: nothing of it is kept\n"
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        ends("")
+
+
 def test_search_final_and_evaluate_say_what_they_keep(mini, tmp_path):
     out = tmp_path / "search.jsonl"
     measuring = (*mini.measuring, "--base", mini.base, "--metrics", "fid", "--out", out)
@@ -200,15 +235,3 @@ def test_minutes_that_make_no_sense(mini, tmp_path, capsys):
         with pytest.raises(SystemExit) as exit:
             neon(*selftrain(mini, tmp_path / "run"), f"--save_minutes={minutes}")
         assert exit.value.code == 2 and "save_minutes" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------- an error under torchrun
-
-
-def test_torchruns_report_ends_with_the_one_line(mini, tmp_path):
-    gone = tmp_path / "gone.safetensors"
-    command = ["evaluate", *mini.measuring, "--model", gone, "--seeds", "0-15", "--metrics", "fid"]
-    (done,) = torchrun(2, "-m", "neon.cli", *command, check=False)
-    lines = [text.strip() for text in done.stderr.splitlines() if text.strip(" =")]
-    assert lines[-1] == f"traceback : error: {gone}: no such file"
-    assert error_of(*command) == f"error: {gone}: no such file"

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,8 +52,7 @@ def _ended_by(run: Callable[[], None]) -> tuple[str, int] | None:
     except NeonError as error:
         return f"error: {error}", 1
     except OSError as error:
-        hint = _how_to_get(error.filename) if isinstance(error, FileNotFoundError) else ""
-        text = f"{error.filename2 or error.filename}: {error.strerror}{hint}" if error.filename else str(error)
+        text = f"{error.filename2 or error.filename}: {error.strerror}" if error.filename else str(error)
         return f"error: {text}", 1
     except KeyboardInterrupt:
         return "", 130
@@ -61,11 +61,13 @@ def _ended_by(run: Callable[[], None]) -> tuple[str, int] | None:
     return None
 
 
-def _how_to_get(path) -> str:
+def _how_to_get(path: str | Path) -> str:
     """What to type for a file that is not there, if the table of downloads has one of its name."""
     from neon.fetch import listed
 
-    row = listed(Path(path).name) if path else None
+    row = None
+    with suppress(NeonError):  # a table that cannot be read is not what the user asked about
+        row = listed(Path(path).name)
     return f"; `neon download {Path(path).name}` downloads it to {row['path']}" if row else ""
 
 

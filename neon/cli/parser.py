@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from neon import __version__
+from neon.cli.help import LEFT, Completion, Parser, epilog, negative
 from neon.cli.options import (
     add_evaluation,
     add_family,
@@ -18,6 +19,7 @@ from neon.cli.options import (
     checkpoint,
     choices_of,
     count,
+    numbers,
     peek,
 )
 from neon.family import find_preset, get_family
@@ -28,6 +30,7 @@ def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
 
     Raises NeonError for an unknown family or preset.
     """
+    argv = negative(argv)
     return _parser(prog, *_choices(argv)).parse_args(argv)
 
 
@@ -46,26 +49,23 @@ def _choices(argv: Sequence[str]):
 
 
 def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Neon, negative extrapolation from self-training: θ_neon = θ_r − w (θ_s − θ_r), w > 0.",
-        epilog="From a base to its Neon: generate (S) → selftrain (θ_s) → search (w) → final (new images) → merge.",
+        epilog="From a base to its Neon: generate (S) → selftrain (θ_s) → search (w) → final (new images) → merge.\n\n"
+        + epilog("neon"),
     )
     parser.add_argument("--version", action="version", version=__version__)
+    shells = ("bash", "zsh", "tcsh")
+    parser.add_argument("--completion", action=Completion, choices=shells, help="print a completion script for a shell")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name, run, help, more="", left="nothing of it is kept"):
-        """left: what a run that SIGTERM stops leaves, with the names of options in braces."""
-        sub = commands.add_parser(name, help=help, description=help + more)
-        sub.set_defaults(run=run, left=left)
+    def command(name, run, help, more=""):
+        sub = commands.add_parser(name, help=help, description=help + more, epilog=epilog(name))
+        sub.set_defaults(run=run, left=LEFT.get(name, "nothing of it is kept"))
         return sub
 
-    p = command(
-        "download",
-        "run_download",
-        "download the checkpoints and statistics listed in downloads.csv",
-        left="what was downloaded is kept; the same command resumes",
-    )
+    p = command("download", "run_download", "download the checkpoints and statistics listed in downloads.csv")
     p.add_argument(
         "names", nargs="*", metavar="NAME", help="file or group: released, stats, base, vae (default: the first two)"
     )
@@ -79,8 +79,9 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
         "--base", type=checkpoint, required=True, help="checkpoint of θ_r: .safetensors, .pth, .pt, .ckpt or .pkl"
     )
     p.add_argument("--selftrained", type=checkpoint, required=True, help="checkpoint of θ_s, any of the formats")
-    p.add_argument("-w", type=float, required=True, help="strength; 0 is the base, −1 the self-trained model")
-    p.add_argument("--out", required=True, help="in the base's format; of a .pkl: .safetensors")
+    p.add_argument("-w", type=numbers, required=True, help="strength, or several: 0.5,1; 0 is the base, −1 is θ_s")
+    p.add_argument("--out", required=True, help="in the base's format; of a .pkl: .safetensors; {w} stands for w")
+    p.add_argument("--dry_run", action="store_true", help="print everything, write nothing")
     p.add_argument(
         "--key",
         help="where the state dict is in a nested base, such as trainer.var_wo_ddp (default: its EMA, if there is one)",
@@ -98,12 +99,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_training(p, family)
     add_preset(p, chosen("selftrain"))
 
-    p = command(
-        "generate",
-        "run_generate",
-        "write the synthetic set S: one PNG per seed and dataset.json",
-        left="the images made so far are in {out}; the same command resumes",
-    )
+    p = command("generate", "run_generate", "write the synthetic set S: one PNG per seed and dataset.json")
     add_model(p, "--model")
     p.add_argument("--out", required=True, help="folder; an interrupted run resumes")
     add_replace(p)
@@ -112,8 +108,8 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
 
     p = command("evaluate", "run_evaluate", "FID and other metrics of a model, or of a merge made in memory")
     p.add_argument("--model", "--base", dest="base", type=checkpoint, required=True, help="θ_r, or any model")
-    p.add_argument("--selftrained", type=checkpoint, help="θ_s; with -w")
-    p.add_argument("-w", type=float, default=0.0, help="strength; 0 is the base, −1 the self-trained model")
+    p.add_argument("--selftrained", type=checkpoint, help="θ_s; needs -w")
+    p.add_argument("-w", type=float, help="strength; 0 is the base, −1 the self-trained model")
     p.add_argument("--out", help="JSON file for the row of results")
     add_sampling(p, family)
     add_evaluation(p)
@@ -125,13 +121,12 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
         "evaluate a grid of w, snapshots and sampling options",
         ". Each point is a merge θ_r − w (θ_s − θ_r) made in memory, sampled from the same seeds and measured: one row"
         " of --out. An interrupted search resumes. Best is the lowest FID over w >= 0; `neon final` measures it again.",
-        left="the rows measured so far are in {out}; the same command resumes",
     )
     add_model(p, "--base")
     p.add_argument(
         "--selftrained", nargs="+", required=True, help="θ_s: snapshots, or training folders for all snapshots in them"
     )
-    p.add_argument("-w", default="0:3:0.25", help="grid: 0:3:0.25 or --w=-1,0,0.5 (default %(default)s)")
+    p.add_argument("-w", default="0:3:0.25", help="grid: 0:3:0.25 or -1,0,0.5 (default %(default)s)")
     p.add_argument("--w", dest="w", help=argparse.SUPPRESS)
     p.add_argument("--grid", action="append", default=[], metavar="OPTION=GRID", help="also over a sampling option")
     p.add_argument("--stop", type=float, help="end a row when FID exceeds its best by this much (default: never)")
@@ -141,12 +136,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_evaluation(p)
     add_preset(p, chosen("search"))
 
-    p = command(
-        "final",
-        "run_final",
-        "evaluate base, self-trained model and the best point of a search on new seeds",
-        left="the rows measured so far are in {out}; the same command resumes",
-    )
+    p = command("final", "run_final", "evaluate base, self-trained model and the best point of a search on new seeds")
     add_model(p, "--base")
     p.add_argument("--search", required=True, help="what `neon search` wrote")
     p.add_argument("--out", required=True, help="JSON-lines file")
@@ -159,19 +149,21 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_family(p, family)
     p.add_argument("--final", required=True, help="what `neon final` wrote")
     p.add_argument("--seeds", default="0-39", help="images by seed (default %(default)s)")
-    p.add_argument("--columns", type=count, default=20)
-    p.add_argument("--batch_size", type=count, default=64)
+    p.add_argument("--columns", type=count, default=20, help="images in a line (default %(default)s)")
+    p.add_argument("--batch_size", type=count, default=64, help="images per forward pass (default %(default)s)")
     p.add_argument("--out", required=True, help="folder for base.png, selftrained.png, neon.png")
     p.add_argument("--device", choices=["cpu", "cuda"])
     if family:
         add_fields(p, family.Loading)
 
-    p = command("inspect", "run_inspect", "what a checkpoint holds, without executing anything in it")
+    p = command("inspect", "run_inspect", "what a checkpoint holds, or how two differ; nothing in it is executed")
     add_file(p)
+    p.add_argument("other", nargs="?", type=checkpoint, help="a second one: print how the two differ")
+    p.add_argument("--other_key", help="where its state dict is")
 
     p = command("convert", "run_convert", "rewrite a checkpoint of any format as .safetensors")
     add_file(p)
-    p.add_argument("out")
+    p.add_argument("out", help=".safetensors")
 
     p = command("reference", "run_reference", "statistics of real images, for FID, KID, precision and recall")
     p.add_argument("--images", help="folder, .zip, or .parquet files (a folder of them, or 'train-*.parquet')")
@@ -180,6 +172,6 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument("--keep", type=count, default=50_000, help="images whose features are kept (default %(default)s)")
     p.add_argument("--features", default="inception", help="feature extractor (default %(default)s)")
     p.add_argument("--out", required=True, help=".npz")
-    p.add_argument("--batch_size", type=count, default=256)
+    p.add_argument("--batch_size", type=count, default=256, help="images per forward pass (default %(default)s)")
     p.add_argument("--device", choices=["cpu", "cuda"])
     return parser
