@@ -14,6 +14,14 @@ class NeonError(Exception):
     """Something the user can fix: bad input, a missing file, a mismatch. The text is one line."""
 
 
+class Missing(NeonError):
+    """A file that is not there."""
+
+    def __init__(self, path):
+        super().__init__(f"{path}: no such file")
+        self.path = path
+
+
 class Diverged(NeonError):
     """A model whose images or features are not finite, say a merge with too large a w."""
 

@@ -108,7 +108,7 @@ def _continue(url: str, partial: Path, start: int, bar, token: str | None) -> in
         start = start if response.status == 206 else 0
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
-        bar.total, bar.n = total, start
+        bar.total, bar.n, bar.initial = total, start, bar.initial + start - bar.n  # what was there has no speed
         with partial.open("r+b" if partial.exists() else "wb") as f:
             f.truncate(start)
             f.seek(start)
@@ -129,6 +129,12 @@ def read_table(path: str | Path = TABLE) -> list[dict[str, str]]:
         if list(row) != COLUMNS or row["group"] not in GROUPS or not (row["size"].isdigit() or not row["size"]):
             raise NeonError(f"{path}: not a table of {', '.join(COLUMNS)} ({row})")
     return rows
+
+
+def listed(name: str) -> dict[str, str] | None:
+    """The row of the table here for a file of that name."""
+    rows = read_table() if Path(TABLE).exists() else []
+    return next((row for row in rows if Path(row["path"]).name == name), None)
 
 
 def write_table(rows: list[dict[str, str]], path: str | Path = TABLE) -> None:

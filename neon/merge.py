@@ -11,6 +11,8 @@ import torch
 
 from neon import Diverged, NeonError
 
+EQUAL = "equal on both sides"  # a reason to keep the base's tensor
+
 
 def merge_tensor(base: torch.Tensor, selftrained: torch.Tensor, w: float) -> torch.Tensor:
     """θ_r − w (θ_s − θ_r), computed in at least float32 and returned in base's dtype and on its device.
@@ -74,7 +76,7 @@ def reason_to_keep(name: str, old: torch.Tensor, new: torch.Tensor, is_buffer: C
         return "not floating point"
     both = torch.promote_types(old.dtype, new.dtype)
     equal = torch.equal(old.to(both), new.to(old.device, both))  # frozen layers, and masks with their infinities
-    return "equal on both sides" if equal else None
+    return EQUAL if equal else None
 
 
 def check_same_names(base: Mapping, selftrained: Mapping) -> None:

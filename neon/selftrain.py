@@ -6,21 +6,24 @@ they change its result by the order of floating-point sums only.
 """
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from neon import NeonError
+from neon import NeonError, extra
 from neon.data import ORDERS, ImageSet, batches
 from neon.distributed import World
 from neon.dropout import masks_of
 from neon.family import Family, Recipe, rows_of
-from neon.files import discard, progress
+from neon.files import discard, progress, to_json
 from neon.precision import autocast
 from neon.sampling import part_of
+from neon.stop import Terminated, deferred
 from neon.weights.checkpoint import open_weights, save_safetensors
 
 STATE = "state.safetensors"
@@ -47,6 +50,8 @@ def train(
     seed: int = 0,
     micro_batch: int | None = None,
     save_every: int | None = None,
+    save_minutes: float | None = None,
+    tensorboard: str | Path | None = None,
     origin: Mapping[str, object] | None = None,
     replace: bool = False,
     raw: bool = False,
@@ -60,10 +65,12 @@ def train(
 
     micro_batch: images per forward pass and process (default all of the process's share; a step is divided over the
     processes as evenly as it goes);
-    save_every: images between states (default recipe.snapshot);
+    save_every: images between states (default recipe.snapshot); save_minutes: also a state every so many minutes;
+    tensorboard: a folder for the numbers of log.jsonl as TensorBoard reads them;
     raw: where there is an average, also write raw-<images>.safetensors, the weights themselves;
     replace: delete another run that is there. Raises NeonError if the folder holds another run or anything else, or if
-    weights or loss are not finite (the last snapshot stays).
+    weights or loss are not finite (the last snapshot stays); Terminated, with the state saved, if SIGTERM comes in a
+    block of neon.stop.attended.
     """
     out = Path(out)
     family.check(model, data.shape, data.labels)
@@ -94,9 +101,11 @@ def train(
     stream = batches(data, order, recipe.batch, mine)
     generator = torch.Generator(world.device)
     micro_batch = micro_batch or share
-    log = _Log(out / "log.jsonl", images, world, every=max(recipe.budget // recipe.batch // 100, 1) * recipe.batch)
+    every = max(recipe.budget // recipe.batch // 100, 1) * recipe.batch
+    log = _Log(out / "log.jsonl", images, world, every, tensorboard)
     metadata = family.metadata(model) | {"data_images": str(len(data))}
-    with progress(recipe.budget, "img", "train", world.rank, images) as bar:
+    with deferred() as asked, progress(recipe.budget, "img", "train", world.rank, images) as bar:
+        requests = _Requests(world, asked, save_minutes)
         while images < recipe.budget:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(images)
@@ -124,14 +133,21 @@ def train(
             images += recipe.batch
             bar.update(recipe.batch)
             last = images >= recipe.budget
-            log.add(images, total, norm, optimizer.param_groups[0]["lr"], flush=last or any(due))
+            stop, save = requests.at_step()
+            keep = last or stop or save or any(due)
+            if line := log.add(images, total, norm, optimizer.param_groups[0]["lr"], flush=keep):
+                bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
             if last or due[0]:
                 _check_finite(params, images, out)
                 if world.rank == 0:
                     _write_snapshot(out, images, network, ema, metadata | {"images": str(images)}, raw)
-            if world.rank == 0 and (last or any(due)):
+            if world.rank == 0 and keep:
                 tensors = None if last else _state(params, ema, optimizer)
                 _save(out / STATE, identity, images, tensors, scaler.state_dict())
+            if stop and not last:
+                world.barrier()  # the launcher ends the others as soon as one has ended: not before the state is there
+                raise Terminated(f"the state after {images} images is saved in {out}; the same command resumes")
+    log.close()
     world.barrier()
     return snapshots(out)
 
@@ -261,30 +277,89 @@ def _restore(path: Path, identity: dict, params, ema, optimizer, scaler) -> int:
         return int(state.metadata["images"])
 
 
-class _Log:
-    """One JSON line now and then: images seen, mean loss since the last line, gradient norm, learning rate."""
+class _Requests:
+    """What all processes agree to do at the end of a step: stop (SIGTERM came to one of them), save (it is time).
 
-    def __init__(self, path: Path, images: int, world: World, every: int):
+    Several processes ask each other about once a second, in the same step: to ask after every step would make a GPU
+    wait for the next step's commands.
+    """
+
+    def __init__(self, world: World, asked: Callable[[], bool], save_minutes: float | None):
+        self.world, self.asked = world, asked
+        self.seconds = float("inf") if save_minutes is None else 60 * save_minutes
+        self.saved = self.then = time.monotonic()
+        self.steps = self.left = 1  # between the last time they asked and the next; until then
+
+    def at_step(self) -> tuple[bool, bool]:
+        """(stop, save), the same on every rank."""
+        self.left -= 1
+        if self.left:
+            return False, False
+        now = time.monotonic()
+        in_a_second = self.steps / max(now - self.then, 1e-3)
+        found = self.world.gather((self.asked(), now - self.saved >= self.seconds, max(int(in_a_second), 1)))
+        _, save, steps = found[0]
+        self.steps = self.left = steps if self.world.size > 1 else 1
+        self.then = now
+        if save:
+            self.saved = now
+        return any(stop for stop, _, _ in found), save
+
+
+class _Log:
+    """log.jsonl: one JSON line per hundredth of the budget, snapshot and saved state.
+
+    images: seen so far; loss: its mean since the last line; grad_norm: of the step, before clipping; lr; time: UTC;
+    images_per_second: of all processes, since the last line. Of lines after the saved state a run that resumes keeps
+    none.
+    """
+
+    def __init__(self, path: Path, images: int, world: World, every: int, tensorboard: str | Path | None = None):
         self.path, self.world, self.every = path, world, every
         self.losses: list[torch.Tensor] = []
+        self.images, self.then = images, time.monotonic()
+        self.board = _board(tensorboard, images) if tensorboard and world.rank == 0 else None
         if world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             path.write_text("".join(line for line in lines if _images_of(line) <= images))
 
-    def add(self, images: int, loss: torch.Tensor, norm: torch.Tensor, lr: float, flush: bool) -> None:
+    def add(self, images: int, loss: torch.Tensor, norm: torch.Tensor, lr: float, flush: bool) -> dict | None:
+        """Count a step; the line, if one is due. Raises NeonError if the mean loss is not finite."""
         self.losses.append(loss)
         if not flush and images % self.every:
-            return
+            return None
         mean = torch.stack(self.losses).mean()
         self.world.average([mean])
         self.losses.clear()
         if not mean.isfinite():
             raise NeonError(f"the loss is not finite after {images} images; {_last_good(self.path.parent)}")
+        now = time.monotonic()
+        rate = (images - self.images) / max(now - self.then, 1e-9)
+        self.images, self.then = images, now
+        numbers = {"loss": mean.item(), "grad_norm": norm.item(), "lr": lr, "images_per_second": round(rate, 3)}
+        row = {"images": images, **numbers, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         if self.world.rank == 0:
-            row = {"images": images, "loss": mean.item(), "grad_norm": norm.item(), "lr": lr}
             with self.path.open("a") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(to_json(row) + "\n")
+        if self.board:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, images)
+            self.board.flush()
+        return row
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+
+
+def _board(folder: str | Path, images: int):
+    """A TensorBoard writer that hides what an interrupted run wrote after so many images. Raises NeonError."""
+    with extra("tensorboard"):
+        import tensorboard  # noqa: F401
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=images + 1)
 
 
 def _images_of(line: str) -> float:

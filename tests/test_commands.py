@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from processes import BIN, ROOT, error_of, files, neon, torchrun, words
 
 import edm.family
 from neon.cli import main
+from neon.cli.parser import parse
 from neon.data import encode_png
 from neon.family import Preset, find_preset
 from neon.weights.checkpoint import load_weights, open_weights, save_safetensors
@@ -215,7 +217,7 @@ def test_references_that_do_not_fit(mini, out, tmp_path_factory):
         "three.npz": "features have 16 dimensions, the reference three.npz has 3",
         "no_mu.npz": "no entry 'mu'",
         "program.npz": "not an npz file",
-        "gone.npz": "No such file",
+        "gone.npz": "no such file",
     }.items():
         assert message in error_of(*evaluate(mini, "--ref", path / name, "--out", out))
         assert message in error_of(*search(mini, out, "--ref", path / name))
@@ -256,6 +258,7 @@ WRONG = {
     "grid option": (lambda m, out: search(m, out, "--grid", "temperature=1,2"), "know num_steps, "),
     "grid without values": (lambda m, out: search(m, out, "--grid", "rho"), "write OPTION=GRID"),
     "grid of integers": (lambda m, out: search(m, out, "--grid", "num_steps=2.5,3"), "num_steps takes integers"),
+    "selftrained without w": (lambda m, out: evaluate(m, "--selftrained", m.snapshots[0]), "--selftrained needs -w"),
     "w alone": (lambda m, out: evaluate(m, "-w", 1), "w = 1.0 needs a self-trained checkpoint"),
     "infinite w": (lambda m, out: evaluate(m, "--selftrained", m.snapshots[0], "-w", "inf"), "w must be finite"),
     "overflowing w": (lambda m, out: evaluate(m, "--selftrained", m.snapshots[0], "-w", "1e42"), "not finite"),
@@ -321,6 +324,119 @@ def test_a_search_ends_at_the_first_broken_snapshot(mini, broken, out):
     assert "shape" in error_of(*command, prints=True)
     (row,) = map(json.loads, out.read_text().splitlines())
     assert row["w"] == 0 and not list(out.parent.glob(".*"))
+
+
+def test_a_reference_that_is_not_there_is_found_before_anything_is_downloaded(mini, out, monkeypatch):
+    def refuse(*anything):
+        raise AssertionError("an extractor was loaded")
+
+    monkeypatch.setattr("neon.cli.commands.load_extractor", refuse)
+    gone = ("--ref", out.with_name("gone.npz"), "--features", "inception")
+    for command in (evaluate(mini, *gone), search(mini, out, *gone)):
+        assert "gone.npz: no such file" in error_of(*command)
+
+
+def test_a_missing_file_of_the_table_says_how_to_get_it(mini, out, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(ROOT)
+    model, ref = "checkpoints/Neon_EDM_FFHQ.pkl", "fid_stats/adm_in256_stats.npz"
+    assert not Path(model).exists() and not Path(ref).exists()
+    hint = "; `neon download {0}` downloads it to {1}"
+    error = error_of(*evaluate(mini, "--model", model))
+    assert error == f"error: {model}: no such file" + hint.format("Neon_EDM_FFHQ.pkl", model)
+    elsewhere = out.with_name("Neon_EDM_FFHQ.pkl")
+    error = error_of("merge", "--base", elsewhere, "--selftrained", mini.base, "-w", 1, "--out", out)
+    assert error == f"error: {elsewhere}: no such file" + hint.format("Neon_EDM_FFHQ.pkl", model)
+    error = error_of(*evaluate(mini, "--ref", ref))
+    assert error == f"error: {ref}: no such file" + hint.format("adm_in256_stats.npz", ref)
+    argv = ["--network_pkl", mini.base, "--ref", ref, "--seeds", "0-3"]
+    done = subprocess.run(
+        [sys.executable, "edm/calculate_fid.py", *words(argv)],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": str(ROOT)}},
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {ref}: no such file" + hint.format("adm_in256_stats.npz", ref) + "\n"
+
+
+# ---------------------------------------------------------------- how a line is read, and help
+
+
+def test_a_grid_that_begins_with_a_minus(mini, out):
+    """argparse would take -1,0,1 for an option."""
+    for option in ("-w", "--w"):
+        args = parse(words([*search(mini, out)[:-2], "--out", out, option, "-1,0,1"]), "neon")
+        assert args.w == "-1,0,1"
+    assert parse(words([*evaluate(mini), "-w", "-.5"]), "neon").w == -0.5
+    line = ["merge", "--base", "a", "--selftrained", "b", "--out", "c"]
+    assert parse([*line, "-w", "-1,0.5"], "neon").w == (-1.0, 0.5)
+    with pytest.raises(SystemExit):
+        parse([*line, "-w", "--dry_run"], "neon")  # another option is no number
+
+
+def commands_of(help: str) -> list[str]:
+    """The names under COMMAND."""
+    return re.findall(r"^    (\w+) ", help, flags=re.MULTILINE)
+
+
+def test_every_help_has_examples_that_work(capsys):
+    """Each example is a line that the parser takes as it is typed."""
+
+    def help_of(*command):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        return capsys.readouterr().out
+
+    commands = commands_of(help_of())
+    assert {"merge", "selftrain", "search", "reference"} <= set(commands)
+    for command in commands:
+        text = help_of(command).partition("\nexamples:\n")[2].partition("\n\n")[0].replace("\\\n", " ")
+        lines = [shlex.split(line) for line in text.splitlines()]
+        assert lines, command
+        for line in lines:
+            assert "neon" in line or "neon.cli" in line
+            start = line.index("neon.cli" if "neon.cli" in line else "neon") + 1
+            assert line[start] == command
+            parse(line[start:], "neon")
+
+
+def test_a_missing_family_says_what_it_is_for(mini, capsys):
+    command = evaluate(mini)
+    del command[1:5]
+    with pytest.raises(SystemExit):
+        main(words(command))
+    error = capsys.readouterr().err
+    assert "required: --family (--family is one of edm, " in error and "sampling options of its own" in error
+    with pytest.raises(SystemExit):
+        main(["merge"])
+    assert "sampling" not in capsys.readouterr().err
+
+
+def test_completion_in_a_real_bash(tmp_path):
+    script = tmp_path / "neon"
+    script.write_text(neon_exit_0("--completion", "bash"))
+    (tmp_path / "base.pth").touch()
+
+    def completed(*typed):
+        line = " ".join(f"'{word}'" for word in ("neon", *typed))
+        code = f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(typed)}; COMPREPLY=();"
+        code += ' $(complete -p neon | sed "s/.*-F \\([^ ]*\\).*/\\1/"); printf "%s\\n" "${COMPREPLY[@]}"'
+        done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr
+        return done.stdout.split()
+
+    assert completed("self") == ["selftrain"]
+    assert {"--selftrained", "--selftrained_key"} == set(completed("merge", "--self"))
+    assert completed("merge", "--base", "ba") == ["base.pth"]
+
+
+def neon_exit_0(*argv):
+    done = subprocess.run([sys.executable, "-m", "neon.cli", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    return done.stdout
+
+
+def test_completion_needs_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "this needs shtab, of the extra terminal" in error_of("--completion", "bash")
 
 
 # ---------------------------------------------------------------- presets
@@ -445,13 +561,15 @@ def test_a_program_that_fails(mini, tmp_path):
 
 
 def test_two_processes_that_fail(mini, tmp_path):
-    """Both find the same error; one says it."""
+    """Both find the same error; one says it, and torchrun's report ends with it."""
     (done,) = torchrun(2, "-m", "neon.cli", *evaluate(mini, "--model", tmp_path / "gone.safetensors"), check=False)
     assert done.returncode == 1 and not done.stdout
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         f"error: {tmp_path / 'gone.safetensors'}: no such file"
     ]
-    assert "NeonError" not in done.stderr and "/neon/" not in done.stderr  # torchrun's own report is another matter
+    assert "NeonError" not in done.stderr and "/neon/" not in done.stderr
+    report = [line.strip() for line in done.stderr.splitlines() if line.strip(" =")]  # torchrun's own, of 25 lines
+    assert report[-1] == f"traceback : error: {tmp_path / 'gone.safetensors'}: no such file"
 
 
 def test_interrupt(mini, tmp_path):
@@ -508,7 +626,13 @@ def test_merge_script(mini, tmp_path, monkeypatch):
 def test_fid_script(mini, tmp_path, monkeypatch, capsys):
     measuring = (*mini.measuring[2:], "--seeds", "0-31", "--metrics", "fid,is")
     script(monkeypatch, "calculate_fid.py", "--network_pkl", mini.base, *measuring, "--out", tmp_path / "script.json")
-    assert capsys.readouterr().out.startswith("FID ")
+    printed, said = capsys.readouterr()
+    assert printed.startswith("FID ")
+    if not torch.cuda.is_available():
+        wanted = r"no usable GPU: computing on the CPU; the first 32 images took \d+ s, all take about \d+ s\n"
+        assert re.fullmatch(wanted, said)
+        script(monkeypatch, "calculate_fid.py", "--network_pkl", mini.base, *measuring, "--device", "cpu")
+        assert capsys.readouterr().err == ""  # as asked for
     neon("evaluate", "--family", "edm", "--model", mini.base, *measuring, "--out", tmp_path / "neon.json")
     found, wanted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("script", "neon"))
     assert {k: v for k, v in found.items() if k != "seconds"} == {k: v for k, v in wanted.items() if k != "seconds"}

@@ -1,6 +1,7 @@
 """`neon merge` as the user runs it: a process, its files, its exit status and what it says."""
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -84,7 +85,7 @@ def test_safetensors_with_an_old_torch_file(tmp_path):
     assert said[:2] == [f"base {base} (flat)", f"self-trained {new} (key inner.net)"]
     check(load_file(out), 1.5)
     with safe_open(out, "pt") as f:
-        assert f.metadata() == {"format": "pt"}
+        assert f.metadata()["format"] == "pt"
     assert everything(tmp_path / "sub") == ["out.safetensors"]
 
 
@@ -114,7 +115,8 @@ def test_nested_torch(tmp_path):
     assert everything(tmp_path) == ["base.pth", "new.pth", "out.pth"]
     with torch.serialization.safe_globals([argparse.Namespace]):
         tree = torch.load(tmp_path / "out.pth", weights_only=True)
-    assert list(tree) == ["model", "model_ema", "args", "epoch"]
+    assert list(tree) == ["model", "model_ema", "args", "epoch", "neon"]
+    assert tree["neon"] == {"neon_w": "-0.5"} | digests(tmp_path, "base.pth", "new.pth")
     assert tree["args"] == args and tree["epoch"] == 7 and not tree["model"]["weight"].any()
     assert list(tree["model_ema"]) == list(BASE)
     check(tree["model_ema"], -0.5)
@@ -212,7 +214,8 @@ def test_w0_copies_the_base(tmp_path, files):
     found = load_file(tmp_path / "out.safetensors")
     for name, tensor in BASE.items():
         assert found[name].numpy().tobytes() == tensor.numpy().tobytes()
-    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    again = load_file(tmp_path / "again.safetensors")
+    assert all(again[name].numpy().tobytes() == tensor.numpy().tobytes() for name, tensor in BASE.items())
 
 
 @pytest.mark.parametrize(
@@ -257,7 +260,7 @@ def test_counts_and_drift(tmp_path, files, capsys):
     """Of 300,010 values, 300,008 differ and are merged; a mask's infinities are not part of any norm."""
     call(tmp_path, files)
     said = re.sub(" +", " ", capsys.readouterr().out).splitlines()
-    assert said[2:-1] == [
+    assert said[2:-3] == [
         " tensors values",
         " 3 300,008 merged",
         " 1 1 from the base: not floating point",
@@ -265,7 +268,111 @@ def test_counts_and_drift(tmp_path, files, capsys):
     ]
     merged = ("weight", "bias", "last")
     r, s = (torch.cat([tensors[name].double().flatten() for name in merged]) for tensors in (BASE, SELFTRAINED))
-    assert said[-1] == f"drift ‖θ_s − θ_r‖ / ‖θ_r‖ = {(s - r).norm() / r.norm():.4g} over what was merged"
+    assert said[-3] == f"drift ‖θ_s − θ_r‖ / ‖θ_r‖ = {(s - r).norm() / r.norm():.4g} over what was merged"
+    same = sum(int((BASE[name] == SELFTRAINED[name]).sum()) for name in merged) + 4
+    assert same == 4 and said[-2] == "unmoved < 0.1 % of the weights are the same in θ_r and θ_s"  # 4 of 300,012
+    assert said[-1] == f"w 1 written to {tmp_path / 'out.safetensors'}"
+
+
+def test_the_share_that_did_not_move(tmp_path, capsys):
+    """A frozen layer, a half of a layer that moved, a counter that is no weight: 5 of 8 weights."""
+    torch.save({"frozen": torch.ones(4), "half": torch.ones(4), "n": torch.tensor(1)}, tmp_path / "base.pth")
+    moved = torch.tensor([1.0, 2.0, 2.0, 2.0])
+    torch.save({"frozen": torch.ones(4), "half": moved, "n": torch.tensor(2)}, tmp_path / "new.pth")
+    call(tmp_path, {"--base": "base.pth", "--selftrained": "new.pth", "--out": "out.pth", "-w": "1"})
+    assert "\nunmoved  62.5 % of the weights are the same in θ_r and θ_s\n" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- several w, nothing written, not onto the inputs
+
+
+def test_several_w(tmp_path, files, capsys):
+    call(tmp_path, files | {"--out": "sub/neon-{w}.safetensors", "-w": "-0.5,1,1.5"})
+    assert everything(tmp_path / "sub") == [f"neon-{w}.safetensors" for w in ("-0.5", "1.5", "1")]
+    for w in (-0.5, 1, 1.5):
+        check(load_file(tmp_path / "sub" / f"neon-{w}.safetensors"), w)
+    said = capsys.readouterr().out
+    assert said.count("drift") == 1 and said.count("written to") == 3
+
+
+@pytest.mark.parametrize(("out", "w"), [("out.safetensors", "0.5,1"), ("{w}.safetensors", "1,1.0")])
+def test_several_w_need_several_files(tmp_path, files, capsys, out, w):
+    before = everything(tmp_path)
+    with pytest.raises(SystemExit):
+        call(tmp_path, files | {"--out": out, "-w": w})
+    said, error = capsys.readouterr()
+    assert (said, error.count("\n")) == ("", 1) and "2 values of w need as many files: write {w} in --out" in error
+    assert everything(tmp_path) == before
+
+
+def test_dry_run(tmp_path, files, capsys):
+    """Everything is printed, nothing is written; what would fail fails."""
+    several = files | {"--out": "{w}.safetensors", "-w": "0.5,1"}
+    call(tmp_path, several)
+    wet = capsys.readouterr().out
+    for w in ("0.5", "1"):
+        (tmp_path / f"{w}.safetensors").unlink()
+    before = everything(tmp_path)
+    main(["merge", *words(tmp_path, several), "--dry_run"])
+    assert capsys.readouterr().out == wet.replace("written to", "not written, would be")
+    with pytest.raises(SystemExit):
+        main(["merge", *words(tmp_path, files | {"-w": "1e9"}), "--dry_run"])
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("side", ["base", "selftrained"])
+@pytest.mark.parametrize("how", ["same", "relative", "link", "hard link"])
+def test_the_inputs_are_not_written_over(tmp_path, files, capsys, monkeypatch, side, how):
+    source = tmp_path / files[f"--{side}"]
+    out = tmp_path / "out.safetensors"
+    if how == "same":
+        out = source
+    elif how == "relative":
+        (tmp_path / "sub").mkdir()
+        monkeypatch.chdir(tmp_path / "sub")
+        out = Path("..", source.name)
+    elif how == "link":
+        out.symlink_to(source)
+    else:
+        out.hardlink_to(source)
+    before = source.read_bytes()
+    with pytest.raises(SystemExit):
+        main(["merge", *words(tmp_path, {k: v for k, v in files.items() if k != "--out"}), "--out", str(out)])
+    said, error = capsys.readouterr()
+    assert (said, error) == ("", f"error: {out}: --out is the file of --{side}; choose another\n")
+    assert source.read_bytes() == before
+
+
+# ---------------------------------------------------------------- what the file says of itself
+
+
+def digests(tmp_path, base, new):
+    found = {
+        side: hashlib.sha256((tmp_path / name).read_bytes()) for side, name in (("base", base), ("selftrained", new))
+    }
+    return {f"neon_{side}_sha256": digest.hexdigest() for side, digest in found.items()}
+
+
+def test_metadata_of_safetensors(tmp_path, files):
+    """What holds for the merge is kept, what held for the base alone is not; a merge of a merge has its own w."""
+    network = {
+        "init_kwargs": "{}",
+        "class_name": "Net",
+        "format": "pt",
+        "vae_sha256": "0f",
+        "config": "{}",
+        "family": "x",
+    }
+    trained = {"images": "640", "data_images": "128", "global_step": "7", "epoch": "3", "modelspec.hash_sha256": "0x1"}
+    save_file(BASE, tmp_path / "base.safetensors", network | trained)
+    wanted = {"neon_w": "1.5"} | digests(tmp_path, files["--base"], files["--selftrained"])
+    call(tmp_path, files | {"-w": "1.5"})
+    with safe_open(tmp_path / "out.safetensors", "pt") as f:
+        assert f.metadata() == network | wanted
+    wanted = {"neon_w": "-0.25"} | digests(tmp_path, "out.safetensors", files["--selftrained"])
+    call(tmp_path, files | {"--base": "out.safetensors", "--out": "again.safetensors", "-w": "-0.25"})
+    with safe_open(tmp_path / "again.safetensors", "pt") as f:
+        assert f.metadata() == network | wanted
 
 
 def drift(capsys):

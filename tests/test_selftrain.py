@@ -1,9 +1,12 @@
 """The training loop: what a step does, and that a run that was killed ends as if it had not been."""
 
 import json
+import math
 import random
+import sys
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +106,9 @@ class Pretended(World):
     def barrier(self):
         pass
 
+    def gather(self, value):
+        return [value]
+
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_processes_share_images_and_each_image_keeps_its_noise(tmp_path, processes):
@@ -135,10 +141,14 @@ def test_clipping_and_what_the_log_says(tmp_path):
     """With eps = 1 the first step of Adam is −lr g / (|g| + 1), so the norm of g shows."""
     family, model = toy(lambda model, images: 30 * model.a + 40 * model.b, a=0.0, b=0.0)
     recipe = replace(PLAIN, budget=8, eps=1.0, clip=5.0)
+    began = time.monotonic()
     train(family, model, Numbers(16), recipe, tmp_path, world=ALONE)
     assert [model.a.item(), model.b.item()] == pytest.approx([-0.1 * 3 / 4, -0.1 * 4 / 5], rel=1e-5)
     (row,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    taken, when = row.pop("images_per_second"), datetime.fromisoformat(row.pop("time"))
     assert row == {"images": 8, "loss": 0.0, "grad_norm": pytest.approx(50.0), "lr": 0.1}
+    assert 8 / (time.monotonic() - began) <= taken < math.inf
+    assert abs((datetime.now(UTC) - when).total_seconds()) < 10
 
 
 def test_long_runs_log_a_hundred_means(tmp_path):
@@ -428,3 +438,39 @@ def test_raw_weights_only_for_who_asks(mini, tmp_path):
         "raw-000000128.safetensors"
     }
     assert plain == asked
+
+
+# ---------------------------------------------------------------- TensorBoard
+
+
+def test_tensorboard_shows_the_log(tmp_path):
+    """Every number of the log under the images seen; what an interrupted run wrote after its state is hidden."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def run(steps=None):
+        calls = iter(range(steps or 99))
+
+        def loss(model, images):
+            if next(calls, None) is None:
+                raise Killed
+            return line(model, images)
+
+        family, model = toy(loss, a=1.0, b=0.0)
+        options = {"world": ALONE, "save_every": 24, "tensorboard": tmp_path / "board"}
+        train(family, model, Numbers(16), PLAIN, tmp_path / "run", **options)
+
+    with pytest.raises(Killed):
+        run(steps=5)
+    run()
+    shown = EventAccumulator(str(tmp_path / "board")).Reload()
+    log = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in log] == list(range(8, 65, 8))
+    for name in ("loss", "grad_norm", "lr", "images_per_second"):
+        events = [(event.step, event.value) for event in shown.Scalars(name)]
+        assert events == [(row["images"], pytest.approx(row[name], rel=1e-6)) for row in log]
+
+
+def test_tensorboard_is_an_extra(mini, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    error = error_of(*selftrain(mini, tmp_path / "run", budget=128), "--tensorboard", tmp_path / "board")
+    assert "this needs tensorboard, of the extra tensorboard: pip install '.[tensorboard]'" in error

@@ -1,12 +1,17 @@
 """The `neon` command. This file runs it, parser.py says what may be typed, commands.py does the work,
 plan.py says what it would cost."""
 
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
-from neon import NeonError
+from neon import Missing, NeonError
+from neon.stop import STATUS, Terminated, attended, leaves
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
@@ -27,31 +32,62 @@ def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
 
         if getattr(args, "chosen", None) and not rank():
             print(preset_line(args), flush=True)
-        getattr(commands, args.run)(args)
+        with leaves(args.left.format(**vars(args))):
+            getattr(commands, args.run)(args)
 
     command_line(run)
 
 
 def command_line(run: Callable[[], None]) -> None:
-    """Call `run` as a program: what the user can fix becomes one line on stderr and exit status 1."""
+    """Call `run` as a program: what the user can fix becomes one line on stderr and exit status 1.
+
+    SIGTERM becomes one line that says what is saved, and exit status 143.
+    """
+    if ended := _ended_by(run):
+        _exit(*ended)
+
+
+def _ended_by(run: Callable[[], None]) -> tuple[str, int] | None:
+    """The line and the exit status of a run that fails or is stopped."""
     try:
-        run()
+        with attended(), leaves("nothing of it is kept"):
+            run()
+    except Missing as error:
+        return f"error: {error}{_how_to_get(error.path)}", 1
     except NeonError as error:
-        fail(str(error))
+        return f"error: {error}", 1
     except OSError as error:
-        fail(f"{error.filename2 or error.filename}: {error.strerror}" if error.filename else str(error))
+        text = f"{error.filename2 or error.filename}: {error.strerror}" if error.filename else str(error)
+        return f"error: {text}", 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        return "", 130
+    except Terminated as stopped:
+        return f"stopped by SIGTERM: {stopped}", STATUS
+    return None
 
 
-def fail(error: str) -> NoReturn:
-    """One line on stderr, exit status 1."""
+def _how_to_get(path: str | Path) -> str:
+    """What to type for a file that is not there, if the table of downloads has one of its name."""
+    from neon.fetch import listed
+
+    row = None
+    with suppress(NeonError):  # a table that cannot be read is not what the user asked about
+        row = listed(Path(path).name)
+    return f"; `neon download {Path(path).name}` downloads it to {row['path']}" if row else ""
+
+
+def _exit(line: str, status: int) -> NoReturn:
+    """One line on stderr. Of several processes the first prints it, and torchrun repeats it after its own report."""
     from neon.distributed import rank
 
     if rank():
-        time.sleep(2)  # the same error on every rank: let rank 0 print it; torchrun then stops the others
-    print("error:", " ".join(error.split()), file=sys.stderr)
-    sys.exit(1)
+        time.sleep(2)  # the same on every rank; torchrun stops the others when the first has ended
+    elif line:
+        line = " ".join(line.split())
+        print(line, file=sys.stderr, flush=True)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+    sys.exit(status)
 
 
 def family_script(command: str, family: str, *defaults: str) -> None:

@@ -1,6 +1,8 @@
 """What the calculate_fid.py of every family shares: FID and IS of a checkpoint, sampled and measured in memory."""
 
 import argparse
+import dataclasses
+import sys
 import time
 from collections.abc import Callable
 
@@ -17,10 +19,10 @@ from neon.cli.options import (
     sampling_options,
 )
 from neon.fetch import local
-from neon.files import write_json
+from neon.files import duration, existing, write_json
 from neon.measure.candidates import Candidates, Point
 from neon.measure.evaluate import Evaluation, parse_metrics, title
-from neon.measure.features import load_extractor
+from neon.measure.features import Extractor, load_extractor
 from neon.measure.metrics import load_reference
 from neon.measure.rows import measure
 
@@ -61,9 +63,12 @@ def calculate_fid(
     not the one that was asked for. class_idx: of all images. options: of family.load.
     """
     started = time.monotonic()
+    existing(checkpoint)
     with processes(args, family) as here:
-        reference = load_reference(local(ref, "fid_stats"))
+        reference = load_reference(existing(local(ref, "fid_stats")))
         extractor = load_extractor(args.features, here.device)
+        if here.device.type == "cpu" and args.device is None and here.rank == 0:
+            extractor = _says_how_long(extractor, -(-len(seeds) // here.size))
         metrics = parse_metrics(args.metrics, extractor, reference)
         evaluation = Evaluation(seeds, extractor, reference, metrics, batch_size, here)
         options = loading(args, family) | options
@@ -76,3 +81,20 @@ def calculate_fid(
             print(f"{values}  ({model}, {row['n']} images, {time.monotonic() - started:.1f} s)")
             if args.out:
                 write_json(args.out, row)
+
+
+def _says_how_long(extractor: Extractor, images: int) -> Extractor:
+    """On a CPU that nobody asked for: when the first images arrive, how long so many take, on stderr."""
+    started, said = time.monotonic(), []
+
+    def module(batch):
+        if not said:
+            seconds = time.monotonic() - started
+            said.append(
+                f"no usable GPU: computing on the CPU; the first {len(batch)} images took {duration(seconds)},"
+                f" all take about {duration(seconds / len(batch) * images)}"
+            )
+            print(said[0], file=sys.stderr, flush=True)
+        return extractor.module(batch)
+
+    return dataclasses.replace(extractor, module=module)

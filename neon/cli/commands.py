@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -12,16 +12,17 @@ import torch
 from neon import NeonError
 from neon.cli.found import chosen_row, lines, record, verdict, write_csv
 from neon.cli.options import loading, precision_of, processes, sampling_options
+from neon.cli.show import summary
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
 from neon.family import get_family, named
 from neon.fetch import GROUPS, TABLE, choose, fetch_row, pinned, read_table
-from neon.files import atomic, discard, existing, sha256, write_json
+from neon.files import atomic, discard, existing, same_file, sha256, write_json
 from neon.final import check_sampled_alike, final_points
 from neon.generate import generate
 from neon.measure.candidates import Candidates, Point
 from neon.measure.compare import Difference, fid_difference
-from neon.measure.evaluate import Evaluation, parse_metrics, reference_of, title
+from neon.measure.evaluate import Evaluation, parse_metrics, reference_of
 from neon.measure.features import load_extractor
 from neon.measure.kept import folder_of
 from neon.measure.metrics import load_reference, save_reference
@@ -43,6 +44,7 @@ from neon.search import Bench, by_surface, grid, parse_grid, parse_range
 from neon.selftrain import snapshots, train
 from neon.surface import Node, Space, SurfaceSearch, curve, drifts
 from neon.weights.checkpoint import check_same_key, open_weights, write_safetensors, write_weights
+from neon.weights.compare import compare
 from neon.weights.summary import MergeSummary, buffer_rules
 
 
@@ -71,18 +73,47 @@ def _list_downloads(rows) -> None:
 
 def run_merge(args) -> None:
     family = get_family(args.family) if args.family else None
+    targets = _targets(args)
     with open_weights(args.base, args.key) as base, open_weights(args.selftrained, args.selftrained_key) as selftrained:
         if not (args.key and args.selftrained_key):
             check_same_key(base, selftrained, "say with both --key and --selftrained_key which to merge")
+        record = {} if args.dry_run else {f"neon_{side}_sha256": sha256(getattr(args, side)) for side in SIDES}
         summary = MergeSummary(buffer_rules(base, family, args.buffers))
-        write_weights(args.out, base, merge(base, selftrained, args.w, summary.is_buffer, summary.observe))
+        for i, (out, w) in enumerate(targets.items()):
+            watched = {"observe": summary.observe} if i == 0 else {}  # what it counts does not depend on w
+            merged = merge(base, selftrained, w, summary.is_buffer, **watched)
+            if args.dry_run:
+                deque(merged, maxlen=0)
+            else:
+                write_weights(out, base, merged, {"neon_w": repr(w)} | record)
     print(f"base           {base.origin}\nself-trained   {selftrained.origin}")
     print(*summary.lines(), sep="\n")
+    for out, w in targets.items():
+        print(f"w {w:g}  {'not written, would be' if args.dry_run else 'written to'} {out}")
     for warning in summary.warnings():
         print("warning:", warning, file=sys.stderr)
 
 
+SIDES = ("base", "selftrained")
+
+
+def _targets(args) -> dict[str, float]:
+    """Where each w is written: {w} in --out stands for it. Raises NeonError if that is a file that is merged."""
+    targets = {args.out.replace("{w}", f"{w:g}"): w for w in args.w}
+    if len(targets) < len(args.w):
+        raise NeonError(f"{len(args.w)} values of w need as many files: write {{w}} in --out, as in 'neon-{{w}}.pth'")
+    for out in targets:
+        for side in SIDES:
+            if same_file(out, getattr(args, side)):
+                raise NeonError(f"{out}: --out is the file of --{side}; choose another")
+    return targets
+
+
 def run_inspect(args) -> None:
+    if args.other:
+        with open_weights(args.file, args.key) as one, open_weights(args.other, args.other_key) as other:
+            print(*compare(one, other), sep="\n")
+        return
     with open_weights(args.file, args.key) as weights:
         specs = {name: weights.spec(name) for name in weights}
         for name, (dtype, shape) in specs.items():
@@ -102,6 +133,16 @@ def run_convert(args) -> None:
     with open_weights(args.file, args.key) as weights:
         write_safetensors(args.out, {name: weights.spec(name) for name in weights}, weights.items(), weights.metadata)
         print(f"{args.out}: from {weights.origin}")
+
+
+TRAINING = (
+    "micro_batch",
+    "save_every",
+    "save_minutes",
+    "tensorboard",
+    "raw",
+    "replace",
+)  # options that change no weights
 
 
 def run_train(args) -> None:
@@ -126,8 +167,8 @@ def run_train(args) -> None:
             origin["vae"] = vae
         if (record := Path(args.data, "generate.json")).exists():
             origin["data"] = sha256(record)
-        options = {name: getattr(args, name) for name in ("micro_batch", "save_every", "replace", "raw")}
-        written = train(family, model, data, recipe, args.out, world=here, seed=args.seed, origin=origin, **options)
+        options = {name: getattr(args, name) for name in TRAINING} | {"origin": origin}
+        written = train(family, model, data, recipe, args.out, world=here, seed=args.seed, **options)
         if here.rank == 0:
             print(f"{len(written)} snapshots in {args.out}, the last is {written[-1].name} ({recipe.precision})")
 
@@ -163,17 +204,20 @@ def _rows(args, here):
 
 
 def _evaluation(args, here):
-    extractor, reference = load_extractor(args.features, here.device), load_reference(args.ref)
+    reference = load_reference(existing(args.ref))  # first: it costs nothing, and the extractor may be a download
+    extractor = load_extractor(args.features, here.device)
     metrics = parse_metrics(args.metrics, extractor, reference)
     return Evaluation(parse_seeds(args.seeds), extractor, reference, metrics, args.batch_size, here)
 
 
 def run_evaluate(args) -> None:
+    if args.selftrained and args.w is None:
+        raise NeonError("--selftrained needs -w: 0 is the base, −1 the self-trained model")
     family = get_family(args.family)
     with processes(args, family) as here:
         evaluation = _evaluation(args, here)
         candidates = _candidates(args, args.base, family, here)
-        point = Point(args.selftrained and str(args.selftrained), args.w)
+        point = Point(args.selftrained and str(args.selftrained), args.w or 0.0)
         features = folder_of(args.out) if args.out else None
         result = measure(candidates, evaluation, sampling_options(args, family), point, features=features)
         if here.rank == 0:
@@ -372,7 +416,7 @@ def run_reference(args) -> None:
         raise NeonError(f"{args.out}: reference statistics are written as .npz")
     if not (args.images or args.statistics):
         raise NeonError("nothing to make a reference of: give --images, --statistics or both")
-    published = load_reference(args.statistics) if args.statistics else None
+    published = load_reference(existing(args.statistics)) if args.statistics else None
     with world(args.device) as here:
         reference = published
         if args.images:
@@ -380,12 +424,3 @@ def run_reference(args) -> None:
             reference = reference_of(images, extractor, args.batch_size, args.keep, published, here)
         if here.rank == 0:
             save_reference(reference, args.out)
-
-
-def summary(row: dict, metrics: Sequence[str]) -> str:
-    """'w 1.5  B 20000  FID 12.34  …' for people."""
-    shown = [f"w {row['w']:g}", f"B {row['budget']}"] if row["selftrained"] else ["w 0"]
-    if "reason" in row:
-        return "  ".join([*shown, f"diverged: {row['reason']}"])
-    shown += [f"{title(m)} {row[m]:.4g}" for m in metrics]
-    return "  ".join([*shown, f"n {row['n']}", f"{row['seconds']:.1f} s"])

@@ -22,7 +22,8 @@ def add_family(p: argparse.ArgumentParser, family) -> None:
     names = ", ".join(FAMILIES)
     p.add_argument("--family", required=True, help=names)
     if not family:
-        p.epilog = f"families: {names}. `%(prog)s --family NAME --help` also shows the options of that family."
+        more = f"families: {names}. `%(prog)s --family NAME --help` also shows the options of that family."
+        p.epilog = f"{p.epilog}\n\n{more}" if p.epilog else more
 
 
 def add_model(p: argparse.ArgumentParser, name: str) -> None:
@@ -33,7 +34,7 @@ def add_model(p: argparse.ArgumentParser, name: str) -> None:
 
 def add_file(p: argparse.ArgumentParser) -> None:
     """A checkpoint of any format to read."""
-    p.add_argument("file", type=checkpoint)
+    p.add_argument("file", type=checkpoint, help="a checkpoint, or a training folder for its last snapshot")
     p.add_argument("--key", help="where the state dict is in a nested file (default: its EMA, if there is one)")
 
 
@@ -144,12 +145,14 @@ def add_training(p: argparse.ArgumentParser, family) -> None:
     p.add_argument("--data", required=True, help="image set: folder or .zip with dataset.json")
     p.add_argument("--max_images", type=count, help="train on the first so many of them (default: all)")
     p.add_argument("--out", required=True, help="folder for snapshots and state; an interrupted run resumes")
-    p.add_argument("--seed", type=natural, default=0)
+    p.add_argument("--seed", type=natural, default=0, help="of the order of images and all random numbers (default 0)")
     add_replace(p)
     add_dry_run(p)
     p.add_argument("--micro_batch", type=count, help="images per forward pass and process")
     p.add_argument("--save_every", type=count, help="images between saved states (default: at snapshots)")
     p.add_argument("--raw", action="store_true", help="next to snapshots of an average, also write the raw weights")
+    p.add_argument("--save_minutes", type=rate, metavar="M", help="also save the state every M minutes")
+    p.add_argument("--tensorboard", metavar="DIR", help="also write the numbers of log.jsonl for TensorBoard to DIR")
     if family:
         add_fields(p, family.Loading)
     changes = p.add_argument_group("changes to the recipe")
@@ -224,6 +227,11 @@ def share(text: str) -> float:
     if (number := rate(text)) <= 1:
         return number
     raise ValueError
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """'0.5,1' → (0.5, 1.0). Raises ValueError, as argparse expects."""
+    return tuple(float(part) for part in text.split(","))
 
 
 def checkpoint(text: str) -> Path:

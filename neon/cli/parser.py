@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from neon import __version__
+from neon.cli.help import LEFT, Completion, Parser, epilog, negative
 from neon.cli.options import (
     add_dry_run,
     add_evaluation,
@@ -19,6 +20,7 @@ from neon.cli.options import (
     checkpoint,
     choices_of,
     count,
+    numbers,
     peek,
     rate,
     share,
@@ -31,6 +33,7 @@ def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
 
     Raises NeonError for an unknown family or preset.
     """
+    argv = negative(argv)
     return _parser(prog, *_choices(argv)).parse_args(argv)
 
 
@@ -54,17 +57,20 @@ def _choices(argv: Sequence[str]):
 
 
 def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Neon, negative extrapolation from self-training: θ_neon = θ_r − w (θ_s − θ_r), w > 0.",
-        epilog="From a base to its Neon: generate (S) → selftrain (θ_s) → search (w) → final (new images) → merge.",
+        epilog="From a base to its Neon: generate (S) → selftrain (θ_s) → search (w) → final (new images) → merge.\n\n"
+        + epilog("neon"),
     )
     parser.add_argument("--version", action="version", version=__version__)
+    shells = ("bash", "zsh", "tcsh")
+    parser.add_argument("--completion", action=Completion, choices=shells, help="print a completion script for a shell")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name, run, help, more=""):
-        sub = commands.add_parser(name, help=help, description=help + more)
-        sub.set_defaults(run=run)
+        sub = commands.add_parser(name, help=help, description=help + more, epilog=epilog(name))
+        sub.set_defaults(run=run, left=LEFT.get(name, "nothing of it is kept"))
         return sub
 
     p = command("download", "run_download", "download the checkpoints and statistics listed in downloads.csv")
@@ -89,8 +95,9 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
         "--base", type=checkpoint, required=True, help="checkpoint of θ_r: .safetensors, .pth, .pt, .ckpt or .pkl"
     )
     p.add_argument("--selftrained", type=checkpoint, required=True, help="checkpoint of θ_s, any of the formats")
-    p.add_argument("-w", type=float, required=True, help="strength; 0 is the base, −1 the self-trained model")
-    p.add_argument("--out", required=True, help="in the base's format; of a .pkl: .safetensors")
+    p.add_argument("-w", type=numbers, required=True, help="strength, or several: 0.5,1; 0 is the base, −1 is θ_s")
+    p.add_argument("--out", required=True, help="in the base's format; of a .pkl: .safetensors; {w} stands for w")
+    p.add_argument("--dry_run", action="store_true", help="print everything, write nothing")
     p.add_argument(
         "--key",
         help="where the state dict is in a nested base, such as trainer.var_wo_ddp (default: its EMA, if there is one)",
@@ -119,8 +126,8 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
 
     p = command("evaluate", "run_evaluate", "FID and other metrics of a model, or of a merge made in memory")
     p.add_argument("--model", "--base", dest="base", type=checkpoint, required=True, help="θ_r, or any model")
-    p.add_argument("--selftrained", type=checkpoint, help="θ_s; with -w")
-    p.add_argument("-w", type=float, default=0.0, help="strength; 0 is the base, −1 the self-trained model")
+    p.add_argument("--selftrained", type=checkpoint, help="θ_s; needs -w")
+    p.add_argument("-w", type=float, help="strength; 0 is the base, −1 the self-trained model")
     p.add_argument("--out", help="JSON file for the row of results")
     add_sampling(p, family)
     add_evaluation(p)
@@ -148,7 +155,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument(
         "-w",
         default="0:3:0.25",
-        help="range 0:3, or a grid 0:3:0.25, --w=-1,0,0.5, whose ends are it (default %(default)s)",
+        help="range 0:3, or a grid 0:3:0.25, -1,0,0.5, whose ends are it (default %(default)s)",
     )
     p.add_argument("--w", dest="w", help=argparse.SUPPRESS)
     p.add_argument("--grid", action="append", default=[], metavar="OPTION=GRID", help="also over a sampling option")
@@ -195,19 +202,21 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_family(p, family)
     p.add_argument("--final", required=True, help="what `neon final` wrote")
     p.add_argument("--seeds", default="0-39", help="images by seed (default %(default)s)")
-    p.add_argument("--columns", type=count, default=20)
-    p.add_argument("--batch_size", type=count, default=64)
+    p.add_argument("--columns", type=count, default=20, help="images in a line (default %(default)s)")
+    p.add_argument("--batch_size", type=count, default=64, help="images per forward pass (default %(default)s)")
     p.add_argument("--out", required=True, help="folder for base.png, selftrained.png, neon.png")
     p.add_argument("--device", choices=["cpu", "cuda"])
     if family:
         add_fields(p, family.Loading)
 
-    p = command("inspect", "run_inspect", "what a checkpoint holds, without executing anything in it")
+    p = command("inspect", "run_inspect", "what a checkpoint holds, or how two differ; nothing in it is executed")
     add_file(p)
+    p.add_argument("other", nargs="?", type=checkpoint, help="a second one: print how the two differ")
+    p.add_argument("--other_key", help="where its state dict is")
 
     p = command("convert", "run_convert", "rewrite a checkpoint of any format as .safetensors")
     add_file(p)
-    p.add_argument("out")
+    p.add_argument("out", help=".safetensors")
 
     p = command("reference", "run_reference", "statistics of real images, for FID, KID, precision and recall")
     p.add_argument("--images", help="folder, .zip, or .parquet files (a folder of them, or 'train-*.parquet')")
@@ -216,6 +225,6 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument("--keep", type=count, default=50_000, help="images whose features are kept (default %(default)s)")
     p.add_argument("--features", default="inception", help="feature extractor (default %(default)s)")
     p.add_argument("--out", required=True, help=".npz")
-    p.add_argument("--batch_size", type=count, default=256)
+    p.add_argument("--batch_size", type=count, default=256, help="images per forward pass (default %(default)s)")
     p.add_argument("--device", choices=["cpu", "cuda"])
     return parser

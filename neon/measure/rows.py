@@ -16,7 +16,7 @@ import torch
 from neon import Diverged, NeonError
 from neon.distributed import World
 from neon.family import Family, get_family
-from neon.files import atomic, sha256
+from neon.files import atomic, from_json, sha256, to_json
 from neon.measure.candidates import Candidates, Point
 from neon.measure.evaluate import Evaluation
 from neon.measure.kept import Kept
@@ -201,7 +201,7 @@ class Rows:
             whole, newline, torn = self.path.read_bytes().rpartition(b"\n")
             start = b'{"key": "'
             try:
-                self.rows = {row["key"]: row for row in map(json.loads, whole.splitlines())}
+                self.rows = {row["key"]: row for row in map(from_json, whole.splitlines())}
                 if torn[: len(start)] != start[: len(torn)]:
                     raise ValueError
             except (ValueError, KeyError, TypeError):
@@ -216,7 +216,7 @@ class Rows:
             if self.write:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a") as f:
-                    f.write(json.dumps(self.rows[key]) + "\n")
+                    f.write(to_json(self.rows[key]) + "\n")
         return self.rows[key]
 
     def keep(self, keys: Iterable[str]) -> None:
@@ -224,7 +224,7 @@ class Rows:
         self.rows = {key: self.rows[key] for key in keys}
         if self.write:
             with atomic(self.path) as partial:
-                partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()))
+                partial.write_text("".join(to_json(row) + "\n" for row in self.rows.values()))
 
 
 def scorer(

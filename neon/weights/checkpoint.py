@@ -37,8 +37,11 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+# What is true of a base, but not of a merge made from it: how long it was trained, on what, and digests of its weights.
+OF_THE_BASE = re.compile(r"(?!vae_)(neon_.*|(data_)?images|(global_)?(step|epoch)s?|.*(hash|sha256).*)")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+RECORD = "neon"  # the entry of a nested torch file for what safetensors files have in their metadata
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt")
 
 
@@ -138,6 +141,8 @@ class TorchWeights(Weights):
         self.path, self.metadata = path, {}
         self.tree = _torch_load(path)
         self.key, self._state = _find_state(self.tree, key, path)
+        if self.key and isinstance(self.tree.get(RECORD), dict):
+            self.metadata = {k: str(v) for k, v in self.tree[RECORD].items() if str(k).startswith("neon_")}
         self._names = self._state
 
     def __getitem__(self, name):
@@ -197,18 +202,26 @@ def load_weights(path: str | Path, key: str | None = None) -> dict[str, torch.Te
         return dict(weights.items())
 
 
-def write_weights(path: str | Path, like: Weights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_weights(
+    path: str | Path,
+    like: Weights,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    record: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Write (name, tensor) pairs to `path` in the format, order, nesting and dtypes of `like`, atomically.
 
     One tensor at a time is in memory. Whatever else `like` holds (metadata; epoch, args and other entries around a
-    nested state dict) is copied. Weights from a .pkl are written as .safetensors, since the original format contains
-    the source of the program that wrote it. Raises NeonError if the suffix does not fit the format, or if the folder
-    for shards already exists.
+    nested state dict) is copied, except metadata that hold for `like` alone (OF_THE_BASE). record: joins the metadata;
+    in a nested torch file it is the entry RECORD, and a flat one has no place for it. Weights from a .pkl are written
+    as .safetensors, since the original format contains the source of the program that wrote it. Raises NeonError if
+    the suffix does not fit the format, or if the folder for shards already exists.
     """
     path = Path(path)
+    metadata = {k: v for k, v in like.metadata.items() if not OF_THE_BASE.fullmatch(k)} | dict(record)
     sharded = like.format == "safetensors" and like.path.suffix != ".safetensors"
     if like.format == "torch":
         fits, kind, write = path.suffix in TORCH_SUFFIXES, " or ".join(TORCH_SUFFIXES), _write_torch
+        metadata = record
     elif sharded:
         files = (".safetensors", ".pkl", ".json", *TORCH_SUFFIXES)
         fits, kind, write = path.suffix not in files, "a folder of shards", _write_shards
@@ -216,7 +229,7 @@ def write_weights(path: str | Path, like: Weights, tensors: Iterable[tuple[str, 
         fits, kind, write = path.suffix == ".safetensors", ".safetensors", _write_file
     if not fits:
         raise NeonError(f"{path}: weights from {like.path.name} are written as {kind}")
-    write(path, like, tensors)
+    write(path, like, tensors, metadata)
 
 
 def save_safetensors(
@@ -263,11 +276,13 @@ def write_safetensors(
             raise NeonError(f"{next(iter(missing))}: expected but not given")
 
 
-def _write_file(path: Path, like: Weights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    write_safetensors(path, {name: like.spec(name) for name in like}, tensors, like.metadata)
+def _write_file(path: Path, like: Weights, tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping) -> None:
+    write_safetensors(path, {name: like.spec(name) for name in like}, tensors, metadata)
 
 
-def _write_shards(path: Path, like: SafetensorsWeights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def _write_shards(
+    path: Path, like: SafetensorsWeights, tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping
+) -> None:
     if path.exists():  # it may hold anything, which would be deleted
         raise NeonError(f"{path}: exists; remove it or choose another folder")
     pairs: Iterator[tuple[str, torch.Tensor]] = iter(tensors)
@@ -276,21 +291,24 @@ def _write_shards(path: Path, like: SafetensorsWeights, tensors: Iterable[tuple[
         index = read_json(_index_file(like.path))
         for file, names in like.shards.items():  # `like` iterates shard by shard, so the pairs come in that order
             specs = {name: like.spec(name) for name in names}
-            write_safetensors(partial / file.name, specs, islice(pairs, len(names)), like.metadata)
+            write_safetensors(partial / file.name, specs, islice(pairs, len(names)), metadata)
         (partial / _index_file(like.path).name).write_text(json.dumps(index, indent=2))
 
 
-def _write_torch(path: Path, like: TorchWeights, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def _write_torch(
+    path: Path, like: TorchWeights, tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping
+) -> None:
     # torch.save needs all tensors at once: they are kept in a memory-mapped scratch file, not in memory.
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch, atomic(path) as partial:
         waiting = Path(scratch, "tensors")
-        _write_file(waiting, like, tensors)
+        _write_file(waiting, like, tensors, {})
         with safe_open(waiting, framework="pt") as mapped:
             state = {name: mapped.get_tensor(name) for name in like}
             # An empty one has the address of the next: torch.save would see one storage with two dtypes.
             state = {name: tensor if tensor.numel() else tensor.clone() for name, tensor in state.items()}
-            torch.save(_replace(like.tree, _steps(like.key), state), partial)
+            tree = _replace(like.tree, _steps(like.key), state)
+            torch.save(tree | {RECORD: dict(metadata)} if like.key and metadata else tree, partial)
 
 
 def _replace(tree, steps: list[str], state: dict):

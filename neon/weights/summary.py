@@ -9,6 +9,7 @@ import torch
 
 from neon import NeonError
 from neon.family import Family
+from neon.merge import EQUAL
 from neon.weights.checkpoint import Weights
 
 # Last parts of names under which running statistics and other state that training does not learn are stored:
@@ -44,6 +45,40 @@ def buffer_rules(base: Weights, family: Family | None, pattern: str | None) -> d
     return rules
 
 
+class Drift:
+    """How far tensors s are from tensors r, ‖s − r‖ / ‖r‖ over all that were added, and how many values are equal."""
+
+    def __init__(self):
+        self.values = self.unmoved = 0
+        self.base_norm = self.norm = 0.0
+
+    def add(self, r: torch.Tensor, s: torch.Tensor) -> None:
+        """Count two tensors of one shape that differ; both real."""
+        self.values += r.numel()
+        for old, new in zip(r.reshape(-1).split(CHUNK), s.reshape(-1).split(CHUNK)):
+            old, new = old.double(), new.to(old.device, torch.float64)
+            self.unmoved += int((old == new).sum())
+            self.base_norm = math.hypot(self.base_norm, old.norm())
+            self.norm = math.hypot(self.norm, (new - old).norm())
+
+    def add_equal(self, r: torch.Tensor) -> None:
+        """Count a tensor that is the same on both sides. It is part of no norm: a mask may hold infinities."""
+        self.values += r.numel()
+        self.unmoved += r.numel()
+
+    @property
+    def ratio(self) -> float:
+        return self.norm / self.base_norm if self.base_norm else math.inf
+
+    @property
+    def unmoved_share(self) -> str:
+        """'12.3 %', for people: 0 % and 100 % are exact."""
+        share = 100 * self.unmoved / max(self.values, 1)
+        if 0 < share < 0.1 or 99.9 < share < 100:
+            return "< 0.1 %" if share < 50 else "> 99.9 %"
+        return f"{share:.3g} %"
+
+
 class MergeSummary:
     """Counts what neon.merge.merge does, which is given its `is_buffer` and `observe`. buffers: see buffer_rules."""
 
@@ -51,7 +86,7 @@ class MergeSummary:
         self.buffers = buffers
         self.tensors, self.values = Counter(), Counter()  # by reason to keep; None: merged
         self.merged: list[str] = []
-        self.base_norm = self.drift_norm = 0.0
+        self.drift = Drift()
 
     def is_buffer(self, name: str) -> bool:
         return any(rule(name) for rule in self.buffers.values())
@@ -64,19 +99,20 @@ class MergeSummary:
         self.values[reason] += old.numel()
         if reason is None:
             self.merged.append(name)
-            for r, s in zip(old.reshape(-1).split(CHUNK), new.reshape(-1).split(CHUNK)):
-                self.base_norm = math.hypot(self.base_norm, r.double().norm())
-                self.drift_norm = math.hypot(self.drift_norm, (s.double() - r.double()).norm())
+            self.drift.add(old, new)
+        elif reason == EQUAL:
+            self.drift.add_equal(old)
 
     def lines(self) -> Iterator[str]:
-        """A table of tensors and values, and the drift ‖θ_s − θ_r‖ / ‖θ_r‖ over what was merged."""
+        """A table of tensors and values, the drift ‖θ_s − θ_r‖ / ‖θ_r‖ over what was merged, and what did not move."""
         yield f"{'tensors':>9}{'values':>16}"
         for reason in (None, *(reason for reason in self.tensors if reason)):
             what = f"from the base: {reason}" if reason else "merged"
             yield f"{self.tensors[reason]:9,}{self.values[reason]:16,}  {what}"
         if self.merged:
-            ratio = self.drift_norm / self.base_norm if self.base_norm else math.inf
-            yield f"drift    ‖θ_s − θ_r‖ / ‖θ_r‖ = {ratio:.4g} over what was merged"
+            yield f"drift    ‖θ_s − θ_r‖ / ‖θ_r‖ = {self.drift.ratio:.4g} over what was merged"
+        if self.drift.values:
+            yield f"unmoved  {self.drift.unmoved_share} of the weights are the same in θ_r and θ_s"
 
     def warnings(self) -> Iterator[str]:
         """One line for each thing that is probably not meant."""
