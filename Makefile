@@ -31,7 +31,7 @@ mini-ablations: setup
 
 # The search by surface against the whole grid, also on fresh seeds.
 mini-methods: setup
-	@cd mini/methods && dvc repro
+	@cd mini/methods && dvc repro && cd .. && dvc repro --single-item --force notebooks@mini page
 	@echo; cat results/mini/methods.md
 
 test: setup

@@ -223,8 +223,7 @@ class SurfaceSearch:
             near = self.surface.reach([self.space.place(p) for p in points]) <= REACH + 1e-6
             near &= [p.w >= 0 and (not p.w or p.w <= self.limit(p.selftrained) + 1e-9) for p in points]
             values = np.full(len(points), math.inf)
-            if near.any():
-                values[near] = self.predict([p for p, ok in zip(points, near) if ok])
+            values[near] = self.predict([p for p, ok in zip(points, near) if ok])
             return values
 
         value, at = _descend(fid, [len(axis) for axis in axes])
@@ -373,31 +372,28 @@ def _budgets(search: SurfaceSearch, lowest: Point, parts: Sequence[Surface]) -> 
 def curve(search: SurfaceSearch, lowest: Point, count: tuple[int, int] = (31, 13)) -> list[dict]:
     """The surface at the best budget, for figures: w, the first option, budget, fid; fid_se on the line of the best.
 
-    count: of w, and of values of the first option; other options stay at their best.
+    fid is None where the nodes do not reach. count: of w, and of values of the first option; further options stay at
+    their best.
     """
     space, snapshot = search.space, lowest.selftrained or search.middle
-    weights = np.linspace(min(space.w[0], 0.0), space.w[1], count[0]).round(6).tolist()
+    weights = sorted({0.0, *np.linspace(min(space.w[0], 0.0), space.w[1], count[0]).round(6).tolist()})
     first, *rest = [value for _, value in lowest.sampling] or [None]
     values = [None]
     if space.options:
         low, high, kind = next(iter(space.options.values()))
         values = sorted({kind(v) for v in np.linspace(low, high, count[1]).round(6).tolist()})
     line = _nearest(values, first) if space.options else None
-
-    def points(value):
-        return [space.point(w, [value, *rest] if space.options else [], snapshot) for w in weights]
-
-    parts = search.surface.jackknife()
-    errors = jackknife_error([search.predict(points(line), part) for part in parts])
-    name = next(iter(space.options), "cfg")
-    return [
-        {
-            "w": w,
-            name: value,
-            "budget": space.budgets[snapshot],
-            "fid": fid,
-            "fid_se": error if value == line else None,
-        }
-        for value in values
-        for w, fid, error in zip(weights, search.predict(points(value)), errors)
-    ]
+    name, parts, rows = next(iter(space.options), "cfg"), search.surface.jackknife(), []
+    for value in values:
+        points = [space.point(w, [value, *rest] if space.options else [], snapshot) for w in weights]
+        near = search.surface.reach([space.place(point) for point in points]) <= REACH + 1e-6
+        points = [point for point, ok in zip(points, near) if ok]
+        fids = dict(zip(points, search.predict(points)))
+        errors = {}
+        if value == line:
+            errors = dict(zip(points, jackknife_error([search.predict(points, part) for part in parts])))
+        for w in weights:
+            point = space.point(w, [value, *rest] if space.options else [], snapshot)
+            found = {"fid": fids.get(point), "fid_se": errors.get(point)}
+            rows.append({"w": w, name: value, "budget": space.budgets[snapshot], **found})
+    return rows

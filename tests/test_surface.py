@@ -101,6 +101,15 @@ def test_two_nodes_reach_twice_their_distance():
     assert reach[:2] == pytest.approx([1, 1]) and reach[2] <= REACH < reach[3]
 
 
+def test_a_node_next_to_another_does_not_narrow_the_reach():
+    surface = Surface(REFERENCE)
+    corners = [(u, g) for u in (0.0, 1.0) for g in (-0.7, 0.7)]
+    surface.places = corners
+    before = surface.reach(np.array([(0.1, -0.9), (1.8, 0.2)]))
+    surface.places = [*corners, (1.0, 0.68), (0.97, 0.7)]
+    assert surface.reach(np.array([(0.1, -0.9), (1.8, 0.2)])) == pytest.approx(before)
+
+
 def test_a_budget_has_no_effect_at_the_base():
     surface = Surface(REFERENCE, budget=True)
     surface.places = [(0.0, 0.0), (1.0, -1.0), (1.0, 1.0)]
@@ -250,7 +259,8 @@ def test_the_curve_is_a_regular_grid_with_errors_on_the_line_of_the_best():
     assert values == pytest.approx(np.linspace(1, 4, 13).tolist()) and len(rows) == 31 * 13
     lines = {row["cfg"] for row in rows if row["fid_se"] is not None}
     assert lines == {min(values, key=lambda v: abs(v - dict(found.lowest.sampling)["cfg"]))}
-    at = min(rows, key=lambda row: row["fid"])
+    at = min((row for row in rows if row["fid"] is not None), key=lambda row: row["fid"])
+    assert sum(row["fid"] is None for row in rows) < len(rows) / 4  # where no node reaches
     assert at["fid"] == pytest.approx(fid_of(model.features(where.point(at["w"], [at["cfg"]], "b"))), abs=0.2)
 
 

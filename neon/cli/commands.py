@@ -12,7 +12,7 @@ import torch
 from neon import NeonError
 from neon.cli.found import chosen_row, lines, record, verdict, write_csv
 from neon.cli.options import loading, precision_of, processes, sampling_options
-from neon.cli.show import summary
+from neon.cli.show import summary, terminal_plot
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
 from neon.family import get_family, named
@@ -40,7 +40,7 @@ from neon.measure.rows import (
 )
 from neon.merge import merge
 from neon.sampling import parse_seeds
-from neon.search import Bench, by_surface, grid, parse_grid, parse_range
+from neon.search import Bench, by_surface, grid, method_of, parse_grid, parse_range
 from neon.selftrain import snapshots, train
 from neon.surface import Node, Space, SurfaceSearch, curve, drifts
 from neon.weights.checkpoint import check_same_key, open_weights, write_safetensors, write_weights
@@ -234,8 +234,8 @@ def run_search(args) -> None:
     with processes(args, family) as here:
         evaluation = _evaluation(args, here)
         candidates, rows = _candidates(args, args.base, family, here), _rows(args, here)
-        listed = args.stop is not None or "," in args.w + "".join(args.grid)
-        search = _search_by_grid if (args.method or ("grid" if listed else "surface")) == "grid" else _search_by_surface
+        method = method_of(args.method, args.w, args.grid, args.stop)
+        search = {"grid": _search_by_grid, "surface": _search_by_surface}[method]
         search(args, candidates, evaluation, rows, trained)
 
 
@@ -248,13 +248,14 @@ def _search_by_grid(args, candidates, evaluation, rows, trained) -> None:
         row = score(point)
         seen[row["key"]] = row
         if here.rank == 0:
-            print(summary(row, evaluation.metrics), flush=True)
+            print(summary(row, evaluation.metrics, tuple(grids)), flush=True)
     if args.replace:
         rows.keep(seen)
     finite = [row for row in seen.values() if row["w"] >= 0 and row["fid"] < math.inf]
     if here.rank == 0 and finite:
-        best = min(finite, key=lambda row: row["fid"])
-        print(f"best: {summary(best, evaluation.metrics)}{'' if best['w'] else '  (the base: no w > 0 is better)'}")
+        terminal_plot(list(seen.values()), "w", "fid", tuple(grids), args.out)
+        best, note = min(finite, key=lambda row: row["fid"]), "  (the base: no w > 0 is better)"
+        print(f"best: {summary(best, evaluation.metrics, tuple(grids))}{'' if best['w'] else note}")
 
 
 def _search_by_surface(args, candidates, evaluation, rows, trained) -> None:
@@ -270,11 +271,13 @@ def _search_by_surface(args, candidates, evaluation, rows, trained) -> None:
     def measured(point: Point, n: int) -> Node:
         node, row = bench.measure(point, n)
         if here.rank == 0 and row["key"] not in printed:
-            print(summary(row, evaluation.metrics), flush=True)
-        printed.add(row["key"])
+            if printed and row["n"] > max(seen["n"] for seen in printed.values()):
+                print(f"w is too uncertain with {row['n'] // 2:,} images: every point again, with {row['n']:,}")
+            print(summary(row, evaluation.metrics, tuple(ranges)), flush=True)
+        printed[row["key"]] = row
         return node
 
-    printed: set[str] = set()
+    printed: dict[str, dict] = {}
     search, found, n = by_surface(
         lambda: SurfaceSearch(space, evaluation.reference, here.device, here.map),
         measured,
@@ -287,6 +290,8 @@ def _search_by_surface(args, candidates, evaluation, rows, trained) -> None:
     if here.rank == 0:
         write_json(Path(args.out).with_suffix(".best.json"), best)
         write_csv(Path(args.out).with_suffix(".curve.csv"), table)
+        shown = [row for row in table if row["fid_se"] is not None]
+        terminal_plot(shown[:: len(shown) // 12 or 1], "w", "fid", path=Path(args.out).with_suffix(".curve.csv"))
         print(*lines(best, list(space.options)), sep="\n")
 
 
@@ -338,6 +343,7 @@ def run_final(args) -> None:
         now = sampled_by(candidates, here, options) | {"features": evaluation.extractor.name}
         check_sampled_alike(searched, {name: value for name, value in now.items() if name not in here.identity()})
         rows, folder = _rows(args, here), folder_of(args.out)
+        searched_over = tuple(name for name, _ in points["base"].sampling)
         measured: dict = {}
         seen = []
 
@@ -357,7 +363,7 @@ def run_final(args) -> None:
             measured[at] = {k: v for k, v in result.items() if k not in ("role", "key")}
             seen.append(result["key"])
             if here.rank == 0:
-                print(f"{role:12s}{summary(result, evaluation.metrics)}", flush=True)
+                print(f"{role:12s}{summary(result, evaluation.metrics, searched_over)}", flush=True)
         if args.replace:
             rows.keep(seen)
         if here.rank == 0 and points["neon"].w:

@@ -13,7 +13,6 @@ from neon.family import Family, Recipe, get_family, named
 from neon.files import existing
 from neon.plan import (
     DIM,
-    EVALUATIONS,
     ROLES,
     Row,
     as_json,
@@ -32,6 +31,7 @@ from neon.plan import (
     training_bytes,
 )
 from neon.sampling import parse_seeds
+from neon.search import method_of
 from neon.selftrain import snapshots
 
 
@@ -67,9 +67,8 @@ def run_evaluate(args) -> None:
 
 
 def run_search(args) -> None:
-    family, method = get_family(args.family), getattr(args, "method", "grid")
-    most = getattr(args, "evaluations", None) or EVALUATIONS
-    found = evaluations_of(args.w, args.grid, method, most, _trained(args, family))
+    family, method = get_family(args.family), method_of(args.method, args.w, args.grid, args.stop)
+    found = evaluations_of(args.w, args.grid, method, args.evaluations, _trained(args, family))
     network = network_of(family, args.base, preset=args.preset)
     options = costliest(family, network, sampling_options(args, family), args.grid)
     row = _evaluations(args, found, options)

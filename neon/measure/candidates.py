@@ -78,7 +78,7 @@ class Candidates:
         summary = MergeSummary({self.family.name: self.family.is_buffer})
         for _ in merge(self.base, self._read(str(selftrained)), -1.0, summary.is_buffer, summary.observe):
             pass
-        return summary.drift_norm
+        return summary.drift.norm
 
     def _read_selftrained(self, path: str) -> dict[str, torch.Tensor]:
         with open_weights(self.base_path) as base, open_weights(path) as weights:

@@ -18,6 +18,7 @@ from neon.measure.metrics import Moments, Reference
 DEGREE = 4  # of the polynomials, at most
 SMOOTH = 0.3  # weight of a degree relative to the one below: low degrees explain what they can
 REACH = 3.6  # how far nodes can be trusted: to twice the distance of two of them, see `Surface.reach`
+APART = 0.3  # nodes that are nearer to another one say how steep the surface is, not where it can be trusted
 BLOCKS = 10  # of seeds, for the jackknife
 
 Map = Callable[[Callable, Sequence], list]  # (function, items) → its results, perhaps computed by several processes
@@ -58,25 +59,26 @@ class Surface:
         The interpolating polynomial of least norm, in which each degree counts SMOOTH times the one below it. At a node
         it is that node alone.
         """
-        nodes = _monomials(np.asarray(self.places), self.budget)
-        there = _monomials(np.asarray(places, dtype=float), self.budget)
-        k = len(nodes)
-        gram = nodes @ nodes.T
-        system = np.ones((k + 1, k + 1))  # bordered by ones: constants are met exactly, at no cost
-        system[:k, :k] = gram + 1e-10 * np.trace(gram) / k * np.eye(k)
-        system[k, k] = 0
-        right = np.vstack([nodes @ there.T, np.ones(len(there))])
-        return np.linalg.solve(system, right)[:k].T
+        return _weights(np.asarray(self.places), np.asarray(places, dtype=float), self.budget)
 
     def reach(self, places: np.ndarray) -> np.ndarray:
-        """(q, a) → (q,): the sum of the absolute weights (Lebesgue function), 1 at nodes. Errors grow by it."""
-        return np.abs(self.weights(places)).sum(1)
+        """(q, a) → (q,): the sum of the absolute weights (Lebesgue function) of nodes that are APART, 1 at these.
+
+        Errors grow by it.
+        """
+        apart: list[tuple[float, ...]] = []
+        for node in self.places:
+            if all(math.dist(node, other) >= APART for other in apart):
+                apart.append(node)
+        return np.abs(_weights(np.asarray(apart), np.asarray(places, dtype=float), self.budget)).sum(1)
 
     def fid(self, places: Sequence, share: Map | None = None) -> np.ndarray:
         """FID of the interpolated moments at (q, a) places: (q,) float64.
 
         Where the interpolated covariance has negative eigenvalues these count as 0.
         """
+        if not len(places):
+            return np.empty(0)
         weights = torch.from_numpy(self.weights(np.asarray(places, dtype=float))).to(self.device)
         return np.asarray((share or _alone)(self._fid, list(weights)))
 
@@ -115,6 +117,17 @@ class Surface:
 
 def _alone(function, items) -> list:
     return [function(item) for item in items]
+
+
+def _weights(nodes: np.ndarray, places: np.ndarray, budget: bool) -> np.ndarray:
+    """See Surface.weights."""
+    at_nodes, there, k = _monomials(nodes, budget), _monomials(places, budget), len(nodes)
+    gram = at_nodes @ at_nodes.T
+    system = np.ones((k + 1, k + 1))  # bordered by ones: constants are met exactly, at no cost
+    system[:k, :k] = gram + 1e-10 * np.trace(gram) / k * np.eye(k)
+    system[k, k] = 0
+    right = np.vstack([at_nodes @ there.T, np.ones(len(there))])
+    return np.linalg.solve(system, right)[:k].T
 
 
 def _monomials(places: np.ndarray, budget: bool) -> np.ndarray:
