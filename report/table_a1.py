@@ -160,7 +160,7 @@ def notes(benchmark: str) -> str:
 def title_of(point: dict) -> str:
     """A model of the paper by name: 'EDM, CIFAR-10, conditional'."""
     place = point["paper"]
-    model, data = place["rows"][1].removesuffix(" + Neon"), TITLES[place["table"]].partition(" ")[2]
+    model, data = place["rows"]["neon"].removesuffix(" + Neon"), TITLES[place["table"]].partition(" ")[2]
     return f"{model}, {data}, {KINDS[place['kind']]}"
 
 
