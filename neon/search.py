@@ -140,8 +140,3 @@ def parse_range(text: str) -> tuple[float, float]:
         return low, high
     values = parse_grid(text)
     return min(values), max(values)
-
-
-def method_of(method: str | None, w: str, options: Sequence[str], stop: float | None) -> str:
-    """'surface' or 'grid': as asked for; else a grid where an early stop is set or values are listed, as in 0,0.5,1."""
-    return method or ("grid" if stop is not None or "," in w + "".join(options) else "surface")

@@ -11,7 +11,7 @@ import torch
 
 from neon import NeonError
 from neon.cli.found import chosen_row, lines, record, verdict, write_csv
-from neon.cli.options import loading, precision_of, processes, sampling_options
+from neon.cli.options import loading, method_of, precision_of, processes, sampling_options
 from neon.cli.show import summary, terminal_plot
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
@@ -40,7 +40,7 @@ from neon.measure.rows import (
 )
 from neon.merge import merge
 from neon.sampling import parse_seeds
-from neon.search import Bench, by_surface, grid, method_of, parse_grid, parse_range
+from neon.search import Bench, by_surface, grid, parse_grid, parse_range
 from neon.selftrain import snapshots, train
 from neon.surface import Node, Space, SurfaceSearch, curve, drifts
 from neon.weights.checkpoint import check_same_key, open_weights, write_safetensors, write_weights
@@ -213,12 +213,14 @@ def _evaluation(args, here):
 def run_evaluate(args) -> None:
     if args.selftrained and args.w is None:
         raise NeonError("--selftrained needs -w: 0 is the base, −1 the self-trained model")
+    if args.keep_features and not args.out:
+        raise NeonError("--keep_features needs --out: they are kept in a folder next to it")
     family = get_family(args.family)
     with processes(args, family) as here:
         evaluation = _evaluation(args, here)
         candidates = _candidates(args, args.base, family, here)
         point = Point(args.selftrained and str(args.selftrained), args.w or 0.0)
-        features = folder_of(args.out) if args.out else None
+        features = folder_of(args.out) if args.keep_features else None
         result = measure(candidates, evaluation, sampling_options(args, family), point, features=features)
         if here.rank == 0:
             print(summary(result, evaluation.metrics))
@@ -234,8 +236,7 @@ def run_search(args) -> None:
     with processes(args, family) as here:
         evaluation = _evaluation(args, here)
         candidates, rows = _candidates(args, args.base, family, here), _rows(args, here)
-        method = method_of(args.method, args.w, args.grid, args.stop)
-        search = {"grid": _search_by_grid, "surface": _search_by_surface}[method]
+        search = {"grid": _search_by_grid, "surface": _search_by_surface}[method_of(args)]
         search(args, candidates, evaluation, rows, trained)
 
 

@@ -246,6 +246,13 @@ def sampling_options(args, family) -> dict:
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(family.Sampling)}
 
 
+def method_of(args) -> str:
+    """How to search: as asked for; else by a grid where an early stop is set or values are listed, not a range."""
+    texts = [args.w, *(text.partition("=")[2] for text in args.grid)]
+    listed = args.stop is not None or not all(":" in text for text in texts)
+    return args.method or ("grid" if listed else "surface")
+
+
 def loading(args, family) -> dict:
     """The family's options of load and create among the arguments."""
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(family.Loading)}

@@ -129,6 +129,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument("--selftrained", type=checkpoint, help="θ_s; needs -w")
     p.add_argument("-w", type=float, help="strength; 0 is the base, −1 the self-trained model")
     p.add_argument("--out", help="JSON file for the row of results")
+    p.add_argument("--keep_features", action="store_true", help="next to it, for `neon compare`")
     add_sampling(p, family)
     add_evaluation(p)
     add_dry_run(p)
@@ -150,7 +151,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument(
         "--method",
         choices=["surface", "grid"],
-        help="(default: surface; grid with --stop, or where -w or --grid lists values, as 0,0.5,1)",
+        help="(default: surface; grid with --stop, or where -w or --grid is no range but values, as 0,0.5,1)",
     )
     p.add_argument(
         "-w",

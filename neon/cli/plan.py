@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from neon.cli.options import sampling_options
+from neon.cli.options import method_of, sampling_options
 from neon.cost import Device, device, training
 from neon.distributed import rank
 from neon.family import Family, Recipe, get_family, named
@@ -31,7 +31,6 @@ from neon.plan import (
     training_bytes,
 )
 from neon.sampling import parse_seeds
-from neon.search import method_of
 from neon.selftrain import snapshots
 
 
@@ -67,7 +66,7 @@ def run_evaluate(args) -> None:
 
 
 def run_search(args) -> None:
-    family, method = get_family(args.family), method_of(args.method, args.w, args.grid, args.stop)
+    family, method = get_family(args.family), method_of(args)
     found = evaluations_of(args.w, args.grid, method, args.evaluations, _trained(args, family))
     network = network_of(family, args.base, preset=args.preset)
     options = costliest(family, network, sampling_options(args, family), args.grid)
