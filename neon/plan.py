@@ -208,7 +208,9 @@ class _Plan:
         return {**(self.params.get("search") or {}), **(item.get("search") or {}), **(item.get("values") or {})}
 
     def model_of(self, item: Mapping) -> str:
-        return next((name for name, model in self.models.items() if model["base"] == item.get("base")), "")
+        return item.get("model") or next(
+            (name for name, model in self.models.items() if model["base"] == item.get("base")), ""
+        )
 
     def network(self, item: Mapping, checkpoint: str) -> tuple[Family, str | Path]:
         family = get_family(item["family"])

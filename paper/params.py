@@ -115,7 +115,8 @@ def released(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
     """The evaluation of each released checkpoint."""
     return {
         name + suffix: sampled(family, row)
-        | {"checkpoint": row.released, "decoder": row.vae or row.released, "sampling": dict(sampling)}
+        | {"model": model_of(name, row), "checkpoint": row.released, "decoder": row.vae or row.released}
+        | {"sampling": dict(sampling)}
         for name, (family, row) in rows.items()
         for suffix, sampling in (("", row.sampling), ("_readme", row.readme))
         if row.released and sampling

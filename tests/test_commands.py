@@ -252,9 +252,9 @@ WRONG = {
     "range": (lambda m, out: generate(m, out, "--seeds", "9-1"), "empty range of seeds: '9-1'"),
     "too few for FID": (lambda m, out: evaluate(m, "--seeds", "3"), "at least two images"),
     "too few for IS": (lambda m, out: evaluate(m, "--seeds", "0-8", "--metrics", "is"), "at least 10 images, got 9"),
-    "grid of w": (lambda m, out: search(m, out, "--w=0:1"), "not a grid: '0:1'"),
-    "uneven grid": (lambda m, out: search(m, out, "--w=0:1:0.3"), "not a grid: '0:1:0.3'"),
-    "endless grid": (lambda m, out: search(m, out, "--w=0:inf:1"), "not a grid: '0:inf:1'"),
+    "grid of w": (lambda m, out: search(m, out, "--w=0:1", "--method", "grid"), "not a grid: '0:1'"),
+    "uneven grid": (lambda m, out: search(m, out, "--w=0:1:0.3", "--method", "grid"), "not a grid: '0:1:0.3'"),
+    "endless grid": (lambda m, out: search(m, out, "--w=0:inf:1", "--method", "grid"), "not a grid: '0:inf:1'"),
     "grid option": (lambda m, out: search(m, out, "--grid", "temperature=1,2"), "know num_steps, "),
     "grid without values": (lambda m, out: search(m, out, "--grid", "rho"), "write OPTION=GRID"),
     "grid of integers": (lambda m, out: search(m, out, "--grid", "num_steps=2.5,3"), "num_steps takes integers"),
@@ -476,8 +476,8 @@ def test_a_preset_stands_for_its_options(mini, preset, tmp_path):
     neon("evaluate", *edm_is, *released, *at, "--out", long / "released.json")
     neon("evaluate", *preset, *grid, "-w", 1, "--out", short / "merged.json")
     neon("evaluate", *edm_is, *base, *fixed, "--rho", 5, *grid, "-w", 1, "--out", long / "merged.json")
-    neon("search", *preset, *grid, "--out", short / "search.jsonl")
-    searched = ("--w", "0,1", "--grid", "rho=5,7", "--stop", 0.03)
+    neon("search", *preset, *grid, "--evaluations", 5, "--out", short / "search.jsonl")
+    searched = ("--method", "surface", "-w", "0,1", "--grid", "rho=5,7", "--evaluations", 5)
     neon("search", *edm_is, *base, *fixed, *grid, *searched, "--out", long / "search.jsonl")
     neon("final", *preset, *at, "--search", short / "search.jsonl", "--out", short / "final.jsonl")
     neon("final", *edm_is, *base, *fixed, *at, "--search", short / "search.jsonl", "--out", long / "final.jsonl")
@@ -488,7 +488,7 @@ def test_a_preset_stands_for_its_options(mini, preset, tmp_path):
 
     assert content(short) == content(long)
     assert {"S/dataset.json", "released.json", "merged.json", "search.jsonl", "final.jsonl"} <= content(short).keys()
-    assert {json.loads(line)["rho"] for line in (short / "search.jsonl").read_text().splitlines()} == {5.0, 7.0}
+    assert {json.loads(line)["rho"] for line in (short / "search.jsonl").read_text().splitlines()} == {5.3, 6.7}
 
 
 def test_what_is_given_overrides_a_preset(mini, preset, tmp_path):
@@ -512,13 +512,13 @@ def test_what_is_given_overrides_a_preset(mini, preset, tmp_path):
 
     def rows(name, *options):
         said = neon("search", *preset, "--selftrained", mini.snapshots[0], *measure, *options, "--out", tmp_path / name)
-        assert "--grid" not in said
+        assert "--grid" not in said.splitlines()[0]
         return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
 
-    assert {(row["rho"], row["w"]) for row in rows("value", "--rho", 6.5)} == {(6.5, 0.0), (6.5, 1.0)}
-    one = rows("one", "--grid", "num_steps=2,3", "--w=0")  # no grid over rho, which is as in the evaluation
+    assert {(row["rho"], row["w"]) for row in rows("value", "--rho", 6.5, "--method", "grid")} == {(6.5, 0.0), (6.5, 1.0)}
+    one = rows("one", "--grid", "num_steps=2,3", "--w=0", "--method", "grid")  # no grid over rho, which is as in the evaluation
     assert {(row["num_steps"], row["rho"]) for row in one} == {(2, 5.0), (3, 5.0)}
-    two = rows("two", "--grid", "num_steps=2,3", "--grid", "rho=6,8", "--w=0")
+    two = rows("two", "--grid", "num_steps=2,3", "--grid", "rho=6,8", "--w=0", "--method", "grid")
     assert {(row["num_steps"], row["rho"]) for row in two} == {(2, 6.0), (2, 8.0), (3, 6.0), (3, 8.0)}
 
 

@@ -533,14 +533,16 @@ def test_an_evaluation_is_extended_without_sampling_again(mini, tmp_path):
 
 def test_compare(mini, tmp_path):
     one, other = tmp_path / "one.json", tmp_path / "other.json"
-    neon(*evaluate(mini, one, metrics="fid"))
-    neon(*evaluate(mini, other, "--selftrained", mini.snapshots[1], "-w", 3, metrics="fid"))
+    neon(*evaluate(mini, one, "--keep_features", metrics="fid"))
+    neon(*evaluate(mini, other, "--selftrained", mini.snapshots[1], "-w", 3, "--keep_features", metrics="fid"))
     difference = json.loads(one.read_text())["fid"] - json.loads(other.read_text())["fid"]
     printed = neon("compare", one, other, "--ref", mini.ref)
     assert f"FID of {one} minus {other}: {difference:.4g} (" in printed and printed.endswith("; 100 seeds\n")
     assert "no difference that" in neon("compare", one, one, "--ref", mini.ref)
     far = tmp_path / "far.json"
     neon(*evaluate(mini, far, "--seeds", "7000-7099", metrics="fid"))
+    assert "without keeping its features" in error_of("compare", one, far, "--ref", mini.ref)
+    neon(*evaluate(mini, far, "--seeds", "7000-7099", "--keep_features", metrics="fid"))
     assert "no seeds in common" in error_of("compare", one, far, "--ref", mini.ref)
     neon("clean", other)
     assert "not kept any more" in error_of("compare", one, other, "--ref", mini.ref)
@@ -552,7 +554,7 @@ def test_compare(mini, tmp_path):
     [
         (("-w", "3:0"), "a surface needs a range of w"),
         (("--grid", "solver=heun,euler", "--method", "surface"), "no numbers in between"),
-        (("--grid", "sigma_max=20"), "a surface needs a range of sigma_max"),
+        (("--grid", "sigma_max=20:20"), "a surface needs a range of sigma_max"),
         (("-w", "0:x"), "not a range"),
     ],
 )

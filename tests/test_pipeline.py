@@ -444,7 +444,7 @@ def test_three_sets_of_images_and_several_fine_tunes(tmp_path, capsys, monkeypat
     assert measured() == pytest.approx([1.7, 0.8 / 2, 1.5], rel=1e-4)
     printed = capsys.readouterr().out
     assert "| Neon | EDM + Neon | 79 | uncond | 1.12 | not measured | 1.70 ± 0.40, min 1.50 |" in printed
-    assert "| edm_ffhq64 | 2 | 1.25 |" in printed
+    assert "| EDM, FFHQ-64, unconditional | 2 | 1.25 |" in printed
 
 
 # ---------------------------------------------------------------- the whole graph

@@ -295,8 +295,7 @@ def test_predicted_curves_of_a_folder(tmp_path, run):
 
 
 def test_predictions_of_the_papers_models(tmp_path):
-    predicted(tmp_path / "rows/search/imm_t1.jsonl", 1)
-    (tmp_path / "rows/search/1.curve.csv").rename(tmp_path / "rows/search/imm_t1.curve.csv")
+    predicted(tmp_path / "rows/search/imm_t1/0.jsonl", 0)
     write_table_a1(tmp_path)
     curves = pd.read_csv(tmp_path / "curves.csv")
     assert len(curves) == 8 and set(curves["setting"]) == {"imm_t1"}

@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
 
         args = parse(argv, prog)
         # Only now that the options are right: these load torch.
-        if args.run == "run_plan" or getattr(args, "dry_run", None):
-            from neon.cli import plan as commands
+        if args.run == "run_plan" or (getattr(args, "dry_run", None) and args.run != "run_merge"):
+            from neon.cli import plan as commands  # what the command would cost
         else:
             from neon.cli import commands
         from neon.cli.options import preset_line

@@ -38,10 +38,14 @@ EXAMPLES = {
         f"neon evaluate --family edm {BASE} {TRAINED} -w 1 \\\n      --seeds 0-49999 {REF} --out row.json",
     ],
     "search": [
-        f"neon search --family edm {BASE} {TRAINED} -w 0:3:0.25 \\\n"
-        f"      --seeds 100000-109999 {REF} --out search.jsonl",
+        f"neon search --family edm {BASE} {TRAINED} -w 0:3 \\\n      --seeds 100000-109999 {REF} --out search.jsonl",
         f"neon search --family edm {BASE} {TRAINED} -w -1,0,1 --grid num_steps=9,18 \\\n"
         f"      --seeds 100000-109999 {REF} --out search.jsonl",
+    ],
+    "plan": ["neon plan --device H100 --gpus 8", "neon plan --json"],
+    "compare": [
+        "neon compare final.jsonl:neon final.jsonl:base --ref fid_stats/cifar10-32x32.npz",
+        "neon compare mine.json theirs.json --ref fid_stats/cifar10-32x32.npz",
     ],
     "clean": ["neon clean search.jsonl"],
     "final": [

@@ -48,7 +48,7 @@ def test_four_steps(tmp_path):
         metadata=lambda model: {},
     )
     net = tiny_net("cond")
-    snapshots = train(family, net, Blank(), RECIPE, tmp_path, world=World())
+    snapshots = train(family, net, Blank(), RECIPE, tmp_path, world=World(), raw=True)
     assert [path.name for path in snapshots] == [f"snapshot-{n:09d}.safetensors" for n in (4, 8, 12, 16)]
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
 

@@ -211,7 +211,7 @@ def test_nothing_is_reused_with_another_vae(checkout, tmp_path, monkeypatch):
 def test_the_average_is_what_is_merged(checkout, tmp_path, monkeypatch):
     """Per step a ten thousandth of the way from the base to the raw weights."""
     monkeypatch.chdir(checkout)
-    neon(*training(tmp_path / "run", "--budget", 8, "--ramp", 0))
+    neon(*training(tmp_path / "run", "--budget", 8, "--ramp", 0, "--raw"))
     base = load_weights("checkpoints/tiny.pth")
     average, raw = (load_weights(tmp_path / "run" / f"{kind}-000000008.safetensors") for kind in ("snapshot", "raw"))
     moved = {name: (raw[name] - base[name]).abs().max() for name in base if not family.is_buffer(name)}
