@@ -1,4 +1,4 @@
-"""Copy what was measured into the README and docs/mini.md, between markers: `python -m mini.readme`."""
+"""Copy what was measured into the README, docs/mini.md and docs/choosing-w.md, between markers: `python -m mini.readme`."""
 
 import json
 import re
@@ -27,6 +27,7 @@ def tables() -> dict[str, str]:
         "mini": (RESULTS / "table.md").read_text(),
         "steps": markdown(compared(pd.read_csv(RESULTS / "final.csv"), PAIRS, titles)),
         "sources": (RESULTS / "ablations/cross/table.md").read_text(),
+        "methods": (RESULTS / "methods.md").read_text() if (RESULTS / "methods.md").exists() else "",
     }
 
 
@@ -38,7 +39,7 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs/mini.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs/mini.md", ROOT / "docs/choosing-w.md")
 
 if __name__ == "__main__":
     for document in DOCUMENTS:

@@ -488,7 +488,7 @@ def test_a_preset_stands_for_its_options(mini, preset, tmp_path):
 
     assert content(short) == content(long)
     assert {"S/dataset.json", "released.json", "merged.json", "search.jsonl", "final.jsonl"} <= content(short).keys()
-    assert {json.loads(line)["rho"] for line in (short / "search.jsonl").read_text().splitlines()} == {5.3, 6.7}
+    assert {json.loads(line)["rho"] for line in (short / "search.jsonl").read_text().splitlines()} == {5.3, 6.7, 7.0}
 
 
 def test_what_is_given_overrides_a_preset(mini, preset, tmp_path):
