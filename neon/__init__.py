@@ -1,7 +1,7 @@
 """Neon: improve a trained generator by reversing a brief self-training (arXiv 2510.03597).
 
 The method is one line, `neon.merge.merge`. Everything else measures it. Importing this package
-imports nothing heavy; take what you need from its modules.
+imports nothing heavy; take what you need from its modules. `neon.extrapolated` is that of neon.extrapolate.
 """
 
 from collections.abc import Iterator
@@ -35,3 +35,11 @@ def extra(name: str) -> Iterator[None]:
         raise NeonError(
             f"this needs {error.name}, of the extra {name}: pip install '.[{name}]' in the root of the repository"
         ) from None
+
+
+def __getattr__(name: str):
+    if name != "extrapolated":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from neon.extrapolate import extrapolated  # here, for it loads torch
+
+    return extrapolated

@@ -225,7 +225,7 @@ def test_w0_copies_the_base(tmp_path, files):
         ({"--selftrained": "gone"}, "gone: no such file"),
         ({"--selftrained": "text.bin"}, "text.bin: unknown kind of checkpoint"),
         ({"--selftrained": "text.pth"}, "text.pth: "),
-        ({"--selftrained": "."}, "0 files named"),
+        ({"--selftrained": "."}, "5 files of weights, need one: base.safetensors, fewer.safetensors"),
         ({"--selftrained": "fewer.safetensors"}, "last and 1 more: missing in the self-trained model"),
         ({"--base": "fewer.safetensors"}, "last and 1 more: missing in the base"),
         ({"--selftrained": "shape.safetensors"}, r"last: shape \(3,\) in the base, \(4,\) in the self-trained model"),

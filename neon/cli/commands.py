@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import sys
-from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +10,14 @@ import torch
 
 from neon import NeonError
 from neon.cli.found import chosen_row, lines, record, verdict, write_csv
+from neon.cli.merging import run_extract_lora, run_merge  # noqa: F401, they are commands
 from neon.cli.options import loading, method_of, precision_of, processes, sampling_options
 from neon.cli.show import summary, terminal_plot
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
 from neon.family import get_family, named
 from neon.fetch import GROUPS, TABLE, choose, fetch_row, pinned, read_table
-from neon.files import atomic, discard, existing, same_file, sha256, write_json
+from neon.files import atomic, discard, existing, sha256, write_json
 from neon.final import check_sampled_alike, final_points
 from neon.generate import generate
 from neon.measure.candidates import Candidates, Point
@@ -38,14 +38,12 @@ from neon.measure.rows import (
     sampled_by,
     scorer,
 )
-from neon.merge import merge
 from neon.sampling import parse_seeds
 from neon.search import Bench, by_surface, grid, parse_grid, parse_range
 from neon.selftrain import snapshots, train
 from neon.surface import Node, Space, SurfaceSearch, curve, drifts
-from neon.weights.checkpoint import check_same_key, open_weights, write_safetensors, write_weights
+from neon.weights.checkpoint import open_weights, write_safetensors
 from neon.weights.compare import compare
-from neon.weights.summary import MergeSummary, buffer_rules
 
 
 def run_download(args) -> None:
@@ -69,44 +67,6 @@ def _list_downloads(rows) -> None:
         here = "here" if Path(row["path"]).exists() else "not here"
         fixed = "pinned" if pinned(row) else "not pinned"
         print(f"{row['group']:9s} {row['path']}  {row['source']}  {here}, {fixed}")
-
-
-def run_merge(args) -> None:
-    family = get_family(args.family) if args.family else None
-    targets = _targets(args)
-    with open_weights(args.base, args.key) as base, open_weights(args.selftrained, args.selftrained_key) as selftrained:
-        if not (args.key and args.selftrained_key):
-            check_same_key(base, selftrained, "say with both --key and --selftrained_key which to merge")
-        record = {} if args.dry_run else {f"neon_{side}_sha256": sha256(getattr(args, side)) for side in SIDES}
-        summary = MergeSummary(buffer_rules(base, family, args.buffers))
-        for i, (out, w) in enumerate(targets.items()):
-            watched = {"observe": summary.observe} if i == 0 else {}  # what it counts does not depend on w
-            merged = merge(base, selftrained, w, summary.is_buffer, **watched)
-            if args.dry_run:
-                deque(merged, maxlen=0)
-            else:
-                write_weights(out, base, merged, {"neon_w": repr(w)} | record)
-    print(f"base           {base.origin}\nself-trained   {selftrained.origin}")
-    print(*summary.lines(), sep="\n")
-    for out, w in targets.items():
-        print(f"w {w:g}  {'not written, would be' if args.dry_run else 'written to'} {out}")
-    for warning in summary.warnings():
-        print("warning:", warning, file=sys.stderr)
-
-
-SIDES = ("base", "selftrained")
-
-
-def _targets(args) -> dict[str, float]:
-    """Where each w is written: {w} in --out stands for it. Raises NeonError if that is a file that is merged."""
-    targets = {args.out.replace("{w}", f"{w:g}"): w for w in args.w}
-    if len(targets) < len(args.w):
-        raise NeonError(f"{len(args.w)} values of w need as many files: write {{w}} in --out, as in 'neon-{{w}}.pth'")
-    for out in targets:
-        for side in SIDES:
-            if same_file(out, getattr(args, side)):
-                raise NeonError(f"{out}: --out is the file of --{side}; choose another")
-    return targets
 
 
 def run_inspect(args) -> None:

@@ -22,7 +22,10 @@ EXAMPLES = {
         "neon merge --base base.safetensors --selftrained tuned.safetensors -w 1 --out neon.safetensors",
         "neon merge --base base.pth --selftrained tuned.pth -w 0.5,1,1.5 --out 'neon-{w}.pth'",
         "neon merge --base base.pth --selftrained tuned.pth -w 1 --out neon.pth --dry_run",
+        "neon merge --base pipeline --selftrained tuned/unet -w 1 --out neon   # folders: from_pretrained loads neon",
+        "neon merge --base pipeline --selftrained lora -w 1 --adapter peft --out negated",
     ],
+    "extract-lora": ["neon extract-lora --base pipeline --selftrained tuned/unet --rank 16 --out lora"],
     "train": ["neon train --family edm --network digits --recipe digits_base --data runs/data/train --out runs/base"],
     "selftrain": [
         f"neon selftrain --family edm {BASE} --recipe cifar10_cond --data S --out runs/cond",
@@ -59,6 +62,10 @@ EXAMPLES = {
         "neon reference --images 'imagenet/train-*.parquet' --size 256 --out fid_stats/imagenet256.npz",
     ],
 }
+MERGE = (
+    ". Of a folder everything else is copied, so that from_pretrained loads what is written. It holds one network: of a"
+    " pipeline, the part that is not an encoder, or --component."
+)
 RESUMES = "the same command resumes"
 # What a command that SIGTERM stops leaves, with the names of options in braces.
 LEFT = {

@@ -32,6 +32,21 @@ def add_model(p: argparse.ArgumentParser, name: str) -> None:
     p.add_argument(name, type=checkpoint, required=True, help=text)
 
 
+def add_pair(p: argparse.ArgumentParser, selftrained: str) -> None:
+    """The options that name θ_r and θ_s. selftrained: help about θ_s."""
+    p.add_argument(
+        "--base",
+        type=checkpoint,
+        required=True,
+        help="θ_r: .safetensors, .pth, .pt, .ckpt, .pkl; a folder of a diffusers pipeline, of one component, of a"
+        " transformers model; a hub id that is in the cache",
+    )
+    p.add_argument("--selftrained", type=checkpoint, required=True, help=selftrained)
+    p.add_argument(
+        "--component", help="which part of a pipeline (default: the only one that is no encoder, such as unet)"
+    )
+
+
 def add_file(p: argparse.ArgumentParser) -> None:
     """A checkpoint of any format to read."""
     p.add_argument("file", type=checkpoint, help="a checkpoint, or a training folder for its last snapshot")
@@ -232,6 +247,12 @@ def share(text: str) -> float:
 def numbers(text: str) -> tuple[float, ...]:
     """'0.5,1' → (0.5, 1.0). Raises ValueError, as argparse expects."""
     return tuple(float(part) for part in text.split(","))
+
+
+def group(text: str) -> tuple[str, float]:
+    """'attn=1.5' → ('attn', 1.5). Raises ValueError, as argparse expects."""
+    regex, _, w = text.rpartition("=")
+    return regex, float(w)
 
 
 def checkpoint(text: str) -> Path:

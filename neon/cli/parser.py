@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from neon import __version__
-from neon.cli.help import LEFT, Completion, Parser, epilog, negative
+from neon.cli.help import LEFT, MERGE, Completion, Parser, epilog, negative
 from neon.cli.options import (
     add_dry_run,
     add_evaluation,
@@ -13,6 +13,7 @@ from neon.cli.options import (
     add_fields,
     add_file,
     add_model,
+    add_pair,
     add_preset,
     add_replace,
     add_sampling,
@@ -20,6 +21,7 @@ from neon.cli.options import (
     checkpoint,
     choices_of,
     count,
+    group,
     numbers,
     peek,
     rate,
@@ -90,14 +92,26 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument("--gpus", type=count, default=1, help="that share the work (default %(default)s)")
     p.add_argument("--json", action="store_true", help="print JSON")
 
-    p = command("merge", "run_merge", "write θ_r − w (θ_s − θ_r) in the base's format")
-    p.add_argument(
-        "--base", type=checkpoint, required=True, help="checkpoint of θ_r: .safetensors, .pth, .pt, .ckpt or .pkl"
+    p = command("merge", "run_merge", "write θ_r − w (θ_s − θ_r) in the base's format", MERGE)
+    add_pair(
+        p, "θ_s, any of these, or a LoRA adapter that was trained on θ_r: PEFT's folder, a file of diffusers or kohya"
     )
-    p.add_argument("--selftrained", type=checkpoint, required=True, help="checkpoint of θ_s, any of the formats")
     p.add_argument("-w", type=numbers, required=True, help="strength, or several: 0.5,1; 0 is the base, −1 is θ_s")
+    p.add_argument(
+        "--weights",
+        type=group,
+        action="append",
+        default=[],
+        metavar="REGEX=W",
+        help="a w of their own for weights in whose name REGEX is found; of several groups the first counts",
+    )
     p.add_argument("--out", required=True, help="in the base's format; of a .pkl: .safetensors; {w} stands for w")
     p.add_argument("--dry_run", action="store_true", help="print everything, write nothing")
+    p.add_argument(
+        "--adapter",
+        choices=["peft", "diffusers", "kohya"],
+        help="θ_s is an adapter: write it once more, so that at strength 1 it is θ_neon. PEFT's is a folder",
+    )
     p.add_argument(
         "--key",
         help="where the state dict is in a nested base, such as trainer.var_wo_ddp (default: its EMA, if there is one)",
@@ -105,6 +119,17 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument("--selftrained_key", help="the same for θ_s; if it is not the base's key, give both options")
     p.add_argument("--family", help="take what the family knows to be buffers from the base")
     p.add_argument("--buffers", metavar="REGEX", help="take tensors from the base if REGEX is found in their names")
+
+    p = command("extract-lora", "run_extract_lora", "write θ_s − θ_r as a LoRA adapter of low rank, by singular values")
+    add_pair(p, "θ_s: any of these")
+    p.add_argument("--rank", type=count, required=True, help="of every layer; what it loses is printed")
+    p.add_argument(
+        "-w", type=float, help="write −w (θ_s − θ_r), which at strength 1 is θ_neon (default: θ_s − θ_r itself)"
+    )
+    p.add_argument(
+        "--form", choices=["peft", "diffusers", "kohya"], default="peft", help="of its names (default %(default)s)"
+    )
+    p.add_argument("--out", required=True, help="a new folder for peft, else a .safetensors file")
 
     p = command("train", "run_train", "train a base from scratch")
     p.add_argument("--network", required=True, help="named network configuration of the family")

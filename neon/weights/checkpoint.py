@@ -186,7 +186,11 @@ def open_weights(path: str | Path, key: str | None = None) -> Weights:
         return TorchWeights(path, key)
     if path.suffix == ".pkl":
         return PickleWeights(path, key)
-    raise NeonError(f"{path}: unknown kind of checkpoint (know .safetensors, .pth, .pt, .ckpt, .pkl)")
+    raise NeonError(f"{path}: unknown kind of checkpoint (know .safetensors, .pth, .pt, .ckpt, .pkl){_advice(path)}")
+
+
+def _advice(path: Path) -> str:
+    return "; load the model and save it again with save_pretrained, as safetensors" if path.suffix == ".bin" else ""
 
 
 def check_same_key(base: Weights, selftrained: Weights, advice: str) -> None:
@@ -217,8 +221,8 @@ def write_weights(
     the suffix does not fit the format, or if the folder for shards already exists.
     """
     path = Path(path)
-    metadata = {k: v for k, v in like.metadata.items() if not OF_THE_BASE.fullmatch(k)} | dict(record)
-    sharded = like.format == "safetensors" and like.path.suffix != ".safetensors"
+    metadata = metadata_like(like, record)
+    sharded = is_sharded(like)
     if like.format == "torch":
         fits, kind, write = path.suffix in TORCH_SUFFIXES, " or ".join(TORCH_SUFFIXES), _write_torch
         metadata = record
@@ -230,6 +234,16 @@ def write_weights(
     if not fits:
         raise NeonError(f"{path}: weights from {like.path.name} are written as {kind}")
     write(path, like, tensors, metadata)
+
+
+def metadata_like(like: Weights, record: Mapping[str, str]) -> dict[str, str]:
+    """`record`, and what `like` says of itself and is true of a merge made from it, too."""
+    return {k: v for k, v in like.metadata.items() if not OF_THE_BASE.fullmatch(k)} | dict(record)
+
+
+def is_sharded(weights: Weights) -> bool:
+    """Do they lie in the files that an index names?"""
+    return weights.format == "safetensors" and weights.path.suffix != ".safetensors"
 
 
 def save_safetensors(
@@ -285,14 +299,21 @@ def _write_shards(
 ) -> None:
     if path.exists():  # it may hold anything, which would be deleted
         raise NeonError(f"{path}: exists; remove it or choose another folder")
-    pairs: Iterator[tuple[str, torch.Tensor]] = iter(tensors)
     with atomic(path) as partial:
         partial.mkdir()
-        index = read_json(_index_file(like.path))
-        for file, names in like.shards.items():  # `like` iterates shard by shard, so the pairs come in that order
-            specs = {name: like.spec(name) for name in names}
-            write_safetensors(partial / file.name, specs, islice(pairs, len(names)), metadata)
-        (partial / _index_file(like.path).name).write_text(json.dumps(index, indent=2))
+        fill_with_shards(partial, like, tensors, metadata)
+
+
+def fill_with_shards(
+    folder: Path, like: SafetensorsWeights, tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping
+) -> None:
+    """Write (name, tensor) pairs in the order of `like` into an existing folder: its shards and its index, by name."""
+    pairs: Iterator[tuple[str, torch.Tensor]] = iter(tensors)
+    index = read_json(_index_file(like.path))
+    for file, names in like.shards.items():  # `like` iterates shard by shard, so the pairs come in that order
+        specs = {name: like.spec(name) for name in names}
+        write_safetensors(folder / file.name, specs, islice(pairs, len(names)), metadata)
+    (folder / _index_file(like.path).name).write_text(json.dumps(index, indent=2))
 
 
 def _write_torch(
@@ -362,6 +383,11 @@ def _index_file(path: Path) -> Path:
     if len(found) != 1:
         raise NeonError(f"{path}: {len(found)} files named *.safetensors.index.json, need one")
     return found[0]
+
+
+def shard_files(index: Path) -> list[Path]:
+    """The files that an index names, next to it. Raises NeonError."""
+    return list(_shards(index))
 
 
 def _shards(path: Path) -> dict[Path, list[str] | None]:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
@@ -21,6 +21,8 @@ STATISTICS = re.compile(
     r"|(ema_)?cluster_size|embed_avg|ema_\w+"
     r"|num_updates|min_val|max_val|weight_u|_u|_v|u\d|sv\d)"
 )
+HALF = (torch.float16, torch.bfloat16)
+MUCH = 0.1  # share of weights whose steps are lost, from which on it is a warning
 CHUNK = 2**20  # numbers per step of a norm: no copy of a large tensor, no rounding of a long float32 sum
 
 
@@ -87,6 +89,9 @@ class MergeSummary:
         self.tensors, self.values = Counter(), Counter()  # by reason to keep; None: merged
         self.merged: list[str] = []
         self.drift = Drift()
+        self.half, self.rounded = Drift(), Drift()  # of θ_s in half precision; of the merge in half precision
+        self.halves: set[str] = set()  # the names of these precisions
+        self._pair: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def is_buffer(self, name: str) -> bool:
         return any(rule(name) for rule in self.buffers.values())
@@ -97,11 +102,28 @@ class MergeSummary:
             reason = next(source for source, rule in self.buffers.items() if rule(name))
         self.tensors[reason] += 1
         self.values[reason] += old.numel()
+        self._pair = None if reason else (old, new)
+        if reason not in (None, EQUAL):
+            return
+        for drift in (self.drift, self.half) if new.dtype in HALF else (self.drift,):
+            if reason:
+                drift.add_equal(old)
+            else:
+                drift.add(old, new)
         if reason is None:
             self.merged.append(name)
-            self.drift.add(old, new)
-        elif reason == EQUAL:
-            self.drift.add_equal(old)
+        if {old.dtype, new.dtype} & set(HALF):
+            self.halves |= {str(t.dtype).removeprefix("torch.") for t in (old, new) if t.dtype in HALF}
+
+    def watch(self, merged: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The pairs of the merge that calls `observe`; of those in half precision, count the steps that rounding
+        undoes: values that differ between θ_r and θ_s, and are θ_r's in the merge."""
+        for name, tensor in merged:
+            if self._pair and tensor.dtype in HALF and tensor is not self._pair[0]:
+                old, new = self._pair
+                self.rounded.values += int((moved := old != new.to(old.device)).sum())
+                self.rounded.unmoved += int((moved & (tensor == old)).sum())
+            yield name, tensor
 
     def lines(self) -> Iterator[str]:
         """A table of tensors and values, the drift ‖θ_s − θ_r‖ / ‖θ_r‖ over what was merged, and what did not move."""
@@ -113,11 +135,14 @@ class MergeSummary:
             yield f"drift    ‖θ_s − θ_r‖ / ‖θ_r‖ = {self.drift.ratio:.4g} over what was merged"
         if self.drift.values:
             yield f"unmoved  {self.drift.unmoved_share} of the weights are the same in θ_r and θ_s"
+        if self.rounded.unmoved:
+            yield f"rounded  {self.rounded.unmoved_share} of the steps are lost, for the base is in half precision"
 
     def warnings(self) -> Iterator[str]:
         """One line for each thing that is probably not meant."""
         if not self.merged:
             yield "nothing was merged: the result is the base"
+        yield from self._lost()
         found = [name for name in self.merged if _is_statistic(name, self.merged)]
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
@@ -126,6 +151,18 @@ class MergeSummary:
                 f"merged, though the names look like running statistics: {', '.join(found[:3])}{more}; "
                 f"to take them from the base, add --buffers '(^|\\.)({ends})$'"
             )
+
+    def _lost(self) -> Iterator[str]:
+        """What half precision has lost."""
+        which = "/".join(sorted(self.halves))
+        if self.merged and self.half.unmoved > MUCH * self.half.values:
+            yield (
+                f"{self.half.unmoved_share} of the weights of θ_s, which is in {which}, are exactly θ_r's: unless their"
+                " layers were frozen, steps below its spacing are lost; save θ_s in float32"
+            )
+        if self.rounded.unmoved > MUCH * self.rounded.values:
+            share = self.rounded.unmoved_share
+            yield f"{share} of the steps are lost in the base's {which}: merge into a base in float32"
 
 
 def _is_statistic(name: str, names: list[str]) -> bool:
