@@ -374,7 +374,7 @@ def test_a_grid_that_begins_with_a_minus(mini, out):
 
 def commands_of(help: str) -> list[str]:
     """The names under COMMAND."""
-    return re.findall(r"^    (\w+) ", help, flags=re.MULTILINE)
+    return re.findall(r"^    ([\w-]+) ", help, flags=re.MULTILINE)
 
 
 def test_every_help_has_examples_that_work(capsys):
@@ -386,7 +386,7 @@ def test_every_help_has_examples_that_work(capsys):
         return capsys.readouterr().out
 
     commands = commands_of(help_of())
-    assert {"merge", "selftrain", "search", "reference"} <= set(commands)
+    assert {"merge", "extract-lora", "selftrain", "search", "reference"} <= set(commands)
     for command in commands:
         text = help_of(command).partition("\nexamples:\n")[2].partition("\n\n")[0].replace("\\\n", " ")
         lines = [shlex.split(line) for line in text.splitlines()]

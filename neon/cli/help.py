@@ -22,7 +22,7 @@ EXAMPLES = {
         "neon merge --base base.safetensors --selftrained tuned.safetensors -w 1 --out neon.safetensors",
         "neon merge --base base.pth --selftrained tuned.pth -w 0.5,1,1.5 --out 'neon-{w}.pth'",
         "neon merge --base base.pth --selftrained tuned.pth -w 1 --out neon.pth --dry_run",
-        "neon merge --base pipeline --selftrained tuned/unet -w 1 --out neon   # folders: from_pretrained loads neon",
+        "neon merge --base pipeline --selftrained tuned/unet -w 1 --out neon",
         "neon merge --base pipeline --selftrained lora -w 1 --adapter peft --out negated",
     ],
     "extract-lora": ["neon extract-lora --base pipeline --selftrained tuned/unet --rank 16 --out lora"],

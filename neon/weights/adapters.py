@@ -33,7 +33,7 @@ DOWN = ("lora_A", "lora_down", "lora.down", "lora_embedding_A")
 UP = ("lora_B", "lora_up", "lora.up", "lora_embedding_B")
 FACTOR = re.compile(rf"(?P<layer>.+?)\.(?P<part>{'|'.join(map(re.escape, (*DOWN, *UP)))}|alpha)(\.default)?(\.weight)?")
 KOHYA = re.compile(r"lora_(?P<part>unet|transformer|prior|te\d?|model)_(?P<layer>.+)")
-OTHERS = re.compile(r"hada_|lokr_|dora_scale|lora_magnitude|oft_|\.diff(_b)?$|lora_mid")
+OTHERS = re.compile(r".*\.(hada_\w+|lokr_\w+|dora_scale|lora_magnitude\w*|lora_mid|oft_\w+)(\.\w+)*")
 PARTS = ("", "unet.", "transformer.", "prior.", *PREFIXES)  # what may precede the names of a base's layers
 WRAPPED = (*PREFIXES, "transformer.", "model.diffusion_model.")
 TEXT = re.compile(r"(text_encoder(_\d)?\.|lora_te\d?_).*")
@@ -93,7 +93,13 @@ def is_adapter(path: str | Path) -> bool:
     if path.suffix != ".safetensors" or not path.exists():
         return False
     with open_weights(path) as weights:
-        return len(weights) > 0 and all(FACTOR.fullmatch(name) or OTHERS.search(name) for name in weights)
+        return any(map(_is_factor, weights))
+
+
+def _is_factor(name: str) -> bool:
+    """Of any kind of adapter. `alpha` alone is none: networks have parameters of that name."""
+    found = FACTOR.fullmatch(name)
+    return bool((found and found["part"] != "alpha") or OTHERS.fullmatch(name))
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -106,8 +112,10 @@ def read_adapter(path: str | Path) -> Adapter:
     state, config = load_weights(file), _config(file)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
+        if name.endswith(".base_layer.weight"):
+            continue  # PEFT keeps the base's own embedding next to its factors
         found = FACTOR.fullmatch(name)
-        if not found or OTHERS.search(name):
+        if not found or OTHERS.fullmatch(name):
             raise NeonError(
                 f"{file}: {name} is no factor of a LoRA (DoRA, LoHa, LoKr and trained biases are not known)"
             )
@@ -302,13 +310,15 @@ def _peft(layers: Mapping[str, Layer], prefix: str) -> Iterator[tuple[str, torch
 
 
 def _kohya(layers: Mapping[str, Layer], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """One alpha in all layers: diffusers loads a file whose layers have several with wrong scales."""
+    alpha = max((layer.rank for layer in layers.values()), default=1)
     for name, layer in layers.items():
         if layer.table:
             raise NeonError(f"{name}: kohya's files have no embeddings")
         key = prefix + name.removesuffix(".weight").replace(".", "_")
         yield f"{key}.lora_down.weight", layer.down
-        yield f"{key}.lora_up.weight", layer.up
-        yield f"{key}.alpha", torch.tensor(float(layer.rank))
+        yield f"{key}.lora_up.weight", layer.up * (layer.rank / alpha)
+        yield f"{key}.alpha", torch.tensor(float(alpha))
 
 
 def _peft_config(layers: Mapping[str, Layer], base: str) -> dict:

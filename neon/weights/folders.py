@@ -131,7 +131,7 @@ def weights_in(folder: Path) -> Path:
     if pickles := [file for file in _weights_of(folder) if file.suffix in PICKLES]:
         open_weights(pickles[0]).close()  # says how to convert a .bin
         raise NeonError(f"{folder}: no safetensors; name the file {pickles[0].name} itself")
-    raise NeonError(f"{folder}: no model in this folder, 0 files named *.safetensors")
+    raise NeonError(f"{folder}: no model in this folder: 0 files named *.safetensors, need one")
 
 
 def _weights_of(folder: Path) -> list[Path]:
