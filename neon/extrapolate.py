@@ -13,7 +13,7 @@ from neon.merge import check_same_names, merge
 from neon.weights.adapters import Adapted, Adapter, is_adapter, placed, read_adapter
 from neon.weights.checkpoint import open_weights
 from neon.weights.folders import find_model, located
-from neon.weights.match import Renamed, matched
+from neon.weights.match import MATCHED, Renamed, matched
 
 Strength = float | Mapping[str, float]  # one w, or regex → w
 
@@ -103,6 +103,7 @@ def _of(drift, model: torch.nn.Module, files: ExitStack) -> Mapping[str, torch.T
         return Adapted(base, layers)
     selftrained, said = matched(base, drift.state_dict() if isinstance(drift, torch.nn.Module) else drift)
     for line in said:
-        warnings.warn(line, stacklevel=4)
+        if line.startswith(MATCHED):  # tied weights are the model's own, and no news
+            warnings.warn(line, stacklevel=4)
     check_same_names([name for name in base if name in parameters or name in selftrained], selftrained)
     return selftrained

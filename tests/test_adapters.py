@@ -131,6 +131,30 @@ def test_kohya_by_its_formula(diffusion, tmp_path):
         close(found, base | {name: base[name] - 0.5 * scale * up @ down})
 
 
+def test_kohya_with_names_of_a_single_checkpoint(tmp_path):
+    """Stable Diffusion's own names: the base's have a prefix that the adapter's have not."""
+    name, g = "input_blocks.4.1.proj_in", torch.Generator().manual_seed(0)
+    base = {f"model.diffusion_model.{name}.weight": torch.randn(4, 5, 1, 1, generator=g), "first.weight": torch.ones(1)}
+    up, down = torch.randn(4, 2, 1, 1, generator=g), torch.randn(2, 5, 1, 1, generator=g)
+    key = f"lora_unet_{name.replace('.', '_')}"
+    save_file(base, tmp_path / "base.safetensors")
+    save_file({f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}, tmp_path / "lora.safetensors")
+    words = ("--base", tmp_path / "base.safetensors", "--selftrained", tmp_path / "lora.safetensors", "-w", 2)
+    neon("merge", *words, "--out", tmp_path / "out.safetensors")
+    first, *_ = base
+    step = (up[:, :, 0, 0] @ down[:, :, 0, 0])[:, :, None, None]
+    close(load_file(tmp_path / "out.safetensors"), base | {first: base[first] - 2 * step})
+
+
+def test_parameters_named_alpha_are_no_adapter(tmp_path):
+    """As activations have them."""
+    for name in ("base", "new"):
+        save_file({"snake.alpha": torch.full((3,), len(name) / 1.0)}, tmp_path / f"{name}.safetensors")
+    words = ("--base", tmp_path / "base.safetensors", "--selftrained", tmp_path / "new.safetensors", "-w", 1)
+    neon("merge", *words, "--out", tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["snake.alpha"].tolist() == [5, 5, 5]
+
+
 def test_in_half_precision_the_step_is_not_rounded_before_it_is_scaled(diffusion, tmp_path):
     """θ_s itself in bfloat16 would lose steps that w makes large enough."""
     base = load_file(diffusion / "base" / UNET)
@@ -300,6 +324,10 @@ def test_no_adapter_can_be_extracted(bad, capsys):
     assert "an adapter already" in fails(capsys, bad, "extract-lora", *words, "--selftrained", bad / "peft")
     same = fails(capsys, bad, "extract-lora", *words, "--selftrained", bad / "base")
     assert "no matrix or convolution differs" in same
+    other = ("--base", bad / "narrow.safetensors", "--selftrained", bad / "wide.safetensors", *words[2:])
+    for name, width in (("narrow", 1), ("wide", 3)):
+        save_file({"a.weight": torch.ones(2, width)}, bad / f"{name}.safetensors")
+    assert "a.weight: shape (2, 1) in the base, (2, 3) in θ_s" in fails(capsys, bad, "extract-lora", *other)
     lone = bad / "base" / UNET
     words = ("--base", lone, "--selftrained", lone, "--rank", 2, "--form", "kohya", "--out", bad / "x.safetensors")
     assert "give --component unet or transformer" in fails(capsys, bad, "extract-lora", *words)

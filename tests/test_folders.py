@@ -147,6 +147,9 @@ def test_a_hub_id_in_the_cache(pipeline, tmp_path, monkeypatch, capsys):
     assert files(tmp_path / "out").keys() == files(path / "base").keys()
     assert not any(file.is_symlink() for file in (tmp_path / "out").rglob("*"))
     capsys.readouterr()
+    assert fails(capsys, tmp_path, "--base", "no/model.pkl", "--selftrained", path / "new", "-w", 1, "--out", "x") == (
+        "error: no/model.pkl: no such file\n"
+    )
     error = fails(capsys, tmp_path, "--base", "no/model", "--selftrained", path / "new", "-w", 1, "--out", "x")
     assert error == (
         "error: no/model: no such file, and not in the cache of Hugging Face; if it is a hub id: hf download no/model\n"

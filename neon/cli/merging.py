@@ -46,7 +46,8 @@ def run_merge(args) -> None:
         if args.adapter:
             return _write_again(args, model, base, targets)
         if adapted:
-            selftrained, said = _adapted(args.selftrained, base)
+            layers, _, said = _layers(args.selftrained, base)
+            selftrained = Adapted(base, layers)
             digest = partial(sha256, args.selftrained)
         else:
             selftrained, said, digest = _selftrained(args, model, base, files)
@@ -123,31 +124,25 @@ def _selftrained(args, model: Model, base: Weights, files: ExitStack):
     return selftrained, [f"self-trained   {weights.origin}", *said], lambda: other.sha256
 
 
-def _adapted(path: Path, base: Weights) -> tuple[Adapted, list[str]]:
-    layers, said = _layers(path, base)
-    return Adapted(base, layers), said
-
-
-def _layers(path: Path, base: Weights) -> tuple[dict[str, Layer], list[str]]:
-    """An adapter's layers by the base's names, and a line about it."""
+def _layers(path: Path, base: Weights) -> tuple[dict[str, Layer], str, list[str]]:
+    """An adapter's layers by the base's names, what it says it was trained on, and a line about it."""
     adapter = read_adapter(path)
     ranks = sorted({layer.rank for layer in adapter.layers.values()})
     trained = f", trained on {adapter.trained_on}" if adapter.trained_on else ""
     line = f"self-trained   {path} (adapter, {len(adapter.layers)} layers, rank {'/'.join(map(str, ranks))}{trained})"
-    return placed(adapter, base, base.path), [line]
+    return placed(adapter, base, base.path), adapter.trained_on, [line]
 
 
 def _write_again(args, model: Model, base: Weights, targets: Mapping[str, float]) -> None:
     """The adapter with −w (θ_s − θ_r) in place of θ_s − θ_r."""
-    layers, said = _layers(args.selftrained, base)
+    layers, trained_on, said = _layers(args.selftrained, base)
     part = part_of(args.component or model.component, model.kind) if args.adapter != "peft" else ""
     record = {} if args.dry_run else {"neon_selftrained_sha256": sha256(args.selftrained)}
-    trained_on = read_adapter(args.selftrained).trained_on or str(args.base)
     for out, w in targets.items():
         each = strengths(layers, _strength(args, w))
         negated = {name: scaled({name: layer}, -each[name])[name] for name, layer in layers.items()}
         if not args.dry_run:
-            write_adapter(out, negated, args.adapter, part, _said_w(args, w) | record, trained_on)
+            write_adapter(out, negated, args.adapter, part, _said_w(args, w) | record, trained_on or str(args.base))
     print(f"base           {base.origin}")
     print(*said, sep="\n")
     _say_written(args, targets)

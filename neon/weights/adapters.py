@@ -356,9 +356,10 @@ class Energy:
 
     def add(self, name: str, values: torch.Tensor, rank: int) -> None:
         """Singular values of a layer, of which the first `rank` are kept."""
-        total, kept = float(values.square().sum()), float(values[:rank].square().sum())
+        squares = values.double().square()
+        total, kept = float(squares.sum()), float(squares[:rank].sum())
         self.total, self.kept = self.total + total, self.kept + kept
-        if kept / total < self.worst:
+        if kept < self.worst * total:
             self.worst, self.worst_name = kept / total, name
 
     def lines(self) -> Iterator[str]:
@@ -376,14 +377,16 @@ def extract(
     """The best adapter of a rank for θ_s − θ_r, by singular values, float32, and the energy that it keeps.
 
     Matrices and convolutions that moved become layers. swapped: matrices are stored as (in, out), see CONV1D. Both
-    mappings have the same names and shapes. Raises NeonError if a step is not finite.
+    mappings have the same names. Raises NeonError if a step is not finite or shapes differ.
     """
     layers, energy = {}, Energy()
     for name in base:
-        old = base[name]
+        old, new = base[name], selftrained[name]
+        if old.shape != new.shape:
+            raise NeonError(f"{name}: shape {tuple(old.shape)} in the base, {tuple(new.shape)} in θ_s")
         if not old.is_floating_point():
             continue
-        step = selftrained[name].double() - old.double()
+        step = new.double() - old.double()
         norm = float(step.norm())
         if not math.isfinite(norm):
             raise NeonError(f"{name}: θ_s − θ_r is not finite")

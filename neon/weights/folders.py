@@ -68,7 +68,7 @@ def located(path: str | Path) -> Path:
     """
     if Path(path).exists():
         return Path(path)
-    if not HUB_ID.fullmatch(str(path)):
+    if not HUB_ID.fullmatch(str(path)) or str(path).endswith((*WEIGHTS, ".pkl", ".json")):
         raise Missing(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

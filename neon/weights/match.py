@@ -8,6 +8,7 @@ from neon.weights.checkpoint import Weights
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel and DDP, torch.compile, a trainer's or Hugging Face's
 CHAINS = ("", *PREFIXES, *(a + b for a in PREFIXES for b in PREFIXES if a != b))
+MATCHED = "names matched"  # how the line about a prefix begins
 FEW = 8  # more missing tensors than this are not tied weights, but another network
 
 
@@ -64,7 +65,7 @@ def _prefix(base: Iterable[str], selftrained: Iterable[str]) -> tuple[dict[str, 
         theirs = {prefix + name: name for name in selftrained if prefix + name in base}
         for names, side in ((ours, "θ_s"), (theirs, "the base")):
             if len(names) > len(best):
-                best, said = names, [f"names matched: those of {side} begin with {prefix}"]
+                best, said = names, [f"{MATCHED}: those of {side} begin with {prefix}"]
     return best, said
 
 

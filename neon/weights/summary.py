@@ -105,13 +105,15 @@ class MergeSummary:
         self._pair = None if reason else (old, new)
         if reason not in (None, EQUAL):
             return
-        for drift in (self.drift, self.half) if new.dtype in HALF else (self.drift,):
-            if reason:
-                drift.add_equal(old)
-            else:
-                drift.add(old, new)
-        if reason is None:
+        unmoved = self.drift.unmoved
+        if reason:
+            self.drift.add_equal(old)
+        else:
             self.merged.append(name)
+            self.drift.add(old, new)
+        if new.dtype in HALF:
+            self.half.values += old.numel()
+            self.half.unmoved += self.drift.unmoved - unmoved
         if {old.dtype, new.dtype} & set(HALF):
             self.halves |= {str(t.dtype).removeprefix("torch.") for t in (old, new) if t.dtype in HALF}
 
