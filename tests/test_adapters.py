@@ -252,6 +252,9 @@ def test_extracted_from_transposed_layers(tmp_path):
     assert len(layers) == 8
     for name in new:
         torch.testing.assert_close(found[name], new[name] if name in layers else base[name], rtol=1e-4, atol=1e-5)
+    neon("merge", *sides[:2], "--selftrained", tmp_path / "lora", "-w", -1, "--out", tmp_path / "out")
+    ours = load_file(tmp_path / "out/model.safetensors")
+    close(ours, {name: found[name] for name in ours})
 
 
 # ---------------------------------------------------------------- bad input

@@ -9,6 +9,7 @@ import folders
 import pytest
 import torch
 from folders import class_in, moved
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from neon.cli import main
@@ -142,6 +143,7 @@ def test_a_hub_id_in_the_cache(pipeline, tmp_path, monkeypatch, capsys):
         (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
         (snapshot / name).symlink_to(cache / f"blobs/{i}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("a download"))
     merge("--base", "some/model", "--selftrained", path / "new", "-w", 1, "--out", tmp_path / "out")
     assert files(tmp_path / "out").keys() == files(path / "base").keys()
@@ -180,6 +182,25 @@ def test_a_tied_weight_that_one_side_also_has(language, tmp_path, capsys, side):
     merge("--base", language / "base", "--selftrained", language / "new", "-w", 1, "--out", tmp_path / "wanted")
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "wanted"))
     assert ("lm_head.weight" in load_file(tmp_path / "out/model.safetensors")) == (side == "base")
+
+
+def test_the_metadata_say_the_format(language, tmp_path):
+    """Also where the base's do not: transformers of version 4 refuses such a file."""
+    shutil.copytree(language / "base", tmp_path / "base")
+    save_file(load_file(tmp_path / "base/model.safetensors"), tmp_path / "base/model.safetensors")
+    merge("--base", tmp_path / "base", "--selftrained", language / "new", "-w", 1, "--out", tmp_path / "out")
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt" and file.metadata()["neon_w"] == "1.0"
+
+
+def test_equal_constants_are_not_tied(tmp_path, capsys):
+    """New layers are often zeros: two of one shape are equal, and yet two."""
+    base = {"a.weight": torch.zeros(2, 2), "b.weight": torch.ones(3)}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(base | {"c.weight": torch.zeros(2, 2)}, tmp_path / "new.safetensors")
+    words = ("--base", tmp_path / "base.safetensors", "--selftrained", tmp_path / "new.safetensors", "-w", 1)
+    error = fails(capsys, tmp_path, *words, "--out", tmp_path / "out.safetensors")
+    assert "c.weight: missing in the base" in error
 
 
 def test_an_untied_weight_is_not_dropped(language, tmp_path, capsys):

@@ -169,7 +169,7 @@ def write_model(
         here = {name for name in names if Path(folder, name).absolute() in left}
         return here | shutil.ignore_patterns(*NOT_COPIED)(folder, names)
 
-    metadata = {"format": "pt"} | metadata_like(base, record)  # from_pretrained insists on a format
+    metadata = {"format": "pt"} | metadata_like(base, record)  # older versions of transformers insist on a format
     with atomic(out) as partial:
         shutil.copytree(model.folder, partial, ignore=ignore)
         if is_sharded(base):
