@@ -114,8 +114,7 @@ def _say_written(args, targets: Mapping[str, float]) -> None:
 
 def _selftrained(args, model: Model, base: Weights, files: ExitStack):
     """θ_s by the base's names, lines about it, and what computes its digest."""
-    wanted = args.component or model.component or None
-    other = find_model(args.selftrained, wanted)
+    other = find_model(args.selftrained, args.component or model.component or None)
     check_same_kind(model, other)
     weights = files.enter_context(open_weights(other.weights, getattr(args, "selftrained_key", None)))
     if not (getattr(args, "key", None) and getattr(args, "selftrained_key", None)):
