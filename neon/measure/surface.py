@@ -6,7 +6,7 @@ near them: the moments there are polynomials through the measured moments, and F
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, product
 
 import numpy as np
@@ -97,18 +97,15 @@ class Surface:
                 other._add(self.places[i], self.features[i], self.moments[i])
         return other
 
-    def jackknife(self) -> list["Surface"]:
-        """The surfaces of the same nodes, each without one of BLOCKS blocks of the images."""
-        n = len(self.features[0])
-        edges = np.arange(BLOCKS + 1) * n // BLOCKS
-        others = []
+    def jackknife(self) -> Iterator["Surface"]:
+        """The surfaces of the same nodes, each without one of BLOCKS blocks of the images: one at a time in memory."""
+        edges = np.arange(BLOCKS + 1) * len(self.features[0]) // BLOCKS
         for first, last in pairwise(edges):
             other = Surface(self.reference, self.device, self.budget)
             for place, features, moments in zip(self.places, self.features, self.moments):
                 block = features[first:last].to(self.device)
                 other._add(place, features, _less(moments, block))
-            others.append(other)
-        return others
+            yield other
 
 
 def _alone(function, items) -> list:
