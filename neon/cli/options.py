@@ -9,6 +9,8 @@ from pathlib import Path
 from neon.family import FAMILIES, Preset
 from neon.precision import DTYPES
 
+OWN = "path/to/file.py or package.module"  # see docs/own-family.md
+
 
 def peek(option: str, argv: Sequence[str] | None = None) -> str | None:
     """The value of an option on the command line, for a parser that depends on it; None if it is not given."""
@@ -20,7 +22,7 @@ def peek(option: str, argv: Sequence[str] | None = None) -> str | None:
 def add_family(p: argparse.ArgumentParser, family) -> None:
     """--family; the help's last lines say how to see the options of a family, if none is named yet."""
     names = ", ".join(FAMILIES)
-    p.add_argument("--family", required=True, help=names)
+    p.add_argument("--family", required=True, help=f"{names}; or your own, {OWN}")
     if not family:
         more = f"families: {names}. `%(prog)s --family NAME --help` also shows the options of that family."
         p.epilog = f"{p.epilog}\n\n{more}" if p.epilog else more
