@@ -11,8 +11,8 @@ import torch
 
 from neon import NeonError
 from neon.cli.found import chosen_row, lines, record, verdict, write_csv
-from neon.cli.options import loading, method_of, precision_of, processes, sampling_options
-from neon.cli.show import summary, terminal_plot
+from neon.cli.options import OF_A_MODEL, loading, method_of, option_of, precision_of, processes, sampling_options
+from neon.cli.show import results, summary, terminal_plot
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
 from neon.family import get_family, named
@@ -20,6 +20,7 @@ from neon.fetch import GROUPS, TABLE, choose, fetch_row, pinned, read_table
 from neon.files import atomic, discard, existing, same_file, sha256, write_json
 from neon.final import check_sampled_alike, final_points
 from neon.generate import generate
+from neon.images import evaluation_of, measure_images
 from neon.measure.candidates import Candidates, Point
 from neon.measure.compare import Difference, fid_difference
 from neon.measure.evaluate import Evaluation, parse_metrics, reference_of
@@ -211,10 +212,12 @@ def _evaluation(args, here):
 
 
 def run_evaluate(args) -> None:
-    if args.selftrained and args.w is None:
-        raise NeonError("--selftrained needs -w: 0 is the base, −1 the self-trained model")
     if args.keep_features and not args.out:
         raise NeonError("--keep_features needs --out: they are kept in a folder next to it")
+    if args.images:
+        return _evaluate_images(args)
+    if args.selftrained and args.w is None:
+        raise NeonError("--selftrained needs -w: 0 is the base, −1 the self-trained model")
     family = get_family(args.family)
     with processes(args, family) as here:
         evaluation = _evaluation(args, here)
@@ -226,6 +229,20 @@ def run_evaluate(args) -> None:
             print(summary(result, evaluation.metrics))
             if args.out:
                 write_json(args.out, result)
+
+
+def _evaluate_images(args) -> None:
+    if given := [name for name in OF_A_MODEL if getattr(args, name) is not None]:
+        raise NeonError(f"--images are measured as they are: leave out {', '.join(map(option_of, given))}")
+    images = ImageSet(args.images)
+    with world(args.device, bool(args.tf32)) as here:
+        reference = load_reference(existing(args.ref))
+        evaluation = evaluation_of(images, args.features, reference, args.metrics, args.batch_size, here)
+        row = measure_images(images, evaluation, folder_of(args.out) if args.keep_features else None)
+        if here.rank == 0:
+            print("  ".join([args.images, *results(row, evaluation.metrics)]))
+            if args.out:
+                write_json(args.out, row)
 
 
 def run_search(args) -> None:

@@ -18,6 +18,7 @@ EXAMPLES = {
         "neon --completion bash > ~/.local/share/bash-completion/completions/neon",
     ],
     "download": ["neon download --list", "neon download Neon_EDM_FFHQ.pkl stats"],
+    "plan": ["neon plan --device H100 --gpus 8"],
     "merge": [
         "neon merge --base base.safetensors --selftrained tuned.safetensors -w 1 --out neon.safetensors",
         "neon merge --base base.pth --selftrained tuned.pth -w 0.5,1,1.5 --out 'neon-{w}.pth'",
@@ -36,6 +37,7 @@ EXAMPLES = {
     "evaluate": [
         f"neon evaluate --family edm --model checkpoints/base.pkl --seeds 0-49999 {REF}",
         f"neon evaluate --family edm {BASE} {TRAINED} -w 1 \\\n      --seeds 0-49999 {REF} --out row.json",
+        f"neon evaluate --images samples {REF} --metrics fid,kid --out row.json",
     ],
     "search": [
         f"neon search --family edm {BASE} {TRAINED} -w 0:3 \\\n      --seeds 100000-109999 {REF} --out search.jsonl",

@@ -48,6 +48,22 @@ def add_preset(p: argparse.ArgumentParser, chosen: Mapping[str, str | list[str]]
         action.required = action.required and action.dest not in chosen
 
 
+OF_A_MODEL = ("base", "selftrained", "w", "family", "seeds", "preset")
+
+
+def option_of(name: str) -> str:
+    """'base' → '--model', as `neon evaluate` shows it."""
+    return {"base": "--model", "w": "-w"}.get(name, f"--{name}")
+
+
+def without_model(p: argparse.ArgumentParser, family) -> None:
+    """The options of a model are not required; those of the device are there also without a family."""
+    if not family:
+        add_device(p)
+    for action in p._actions:
+        action.required = action.required and action.dest not in OF_A_MODEL
+
+
 def choices_of(preset: Preset, family: str, command: str, merging: bool = False) -> dict[str, str | list[str]]:
     """What a preset chooses for a command: option → its words.
 
