@@ -18,7 +18,6 @@ EXAMPLES = {
         "neon --completion bash > ~/.local/share/bash-completion/completions/neon",
     ],
     "download": ["neon download --list", "neon download Neon_EDM_FFHQ.pkl stats"],
-    "plan": ["neon plan --device H100 --gpus 8"],
     "merge": [
         "neon merge --base base.safetensors --selftrained tuned.safetensors -w 1 --out neon.safetensors",
         "neon merge --base base.pth --selftrained tuned.pth -w 0.5,1,1.5 --out 'neon-{w}.pth'",
