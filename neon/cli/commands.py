@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from neon import NeonError
+from neon.card import card_of, check_repo, check_token, files_of, push, readme
 from neon.cli.found import chosen_row, lines, record, verdict, write_csv
 from neon.cli.options import OF_A_MODEL, loading, method_of, option_of, precision_of, processes, sampling_options
 from neon.cli.show import results, summary, terminal_plot
@@ -416,6 +417,32 @@ def run_clean(args) -> None:
         size = sum(file.stat().st_size for file in folder.iterdir())
         discard(folder)
         print(f"{folder}: deleted, {size / 2**20:,.1f} MiB")
+
+
+def run_card(args) -> None:
+    options = {name: getattr(args, name) for name in ("license", "base_model", "dataset", "name")}
+    card = card_of(args.model, args.final, **options)
+    if args.push_to_hub:
+        check_repo(args.push_to_hub)
+    folder = card.model if card.model.is_dir() else card.model.parent
+    out, text = Path(args.out or folder / "README.md"), readme(card, args.push_to_hub or "")
+    if args.dry_run:
+        print(text)
+        print(f"not written, would be {out}")
+        for name, file in files_of(card.model).items() if args.push_to_hub else ():
+            print(f"not uploaded, would be {args.push_to_hub}/{name}  {file.stat().st_size / 2**20:,.1f} MiB")
+    else:
+        if out.exists() and not args.replace:
+            raise NeonError(f"{out} exists; choose another --out, or replace it with --replace")
+        if args.push_to_hub:
+            check_token()
+        with atomic(out) as partial:
+            partial.write_text(text)
+        print(f"written to {out}")
+        if args.push_to_hub:
+            print(f"uploaded to {push(card, args.push_to_hub, args.private)}")
+    for warning in card.warnings:
+        print("warning:", warning, file=sys.stderr)
 
 
 def run_grid(args) -> None:

@@ -53,6 +53,10 @@ EXAMPLES = {
         f"neon final --family edm {BASE} --search search.jsonl \\\n      --seeds 500000-549999 {REF} --out final.jsonl"
     ],
     "grid": ["neon grid --family edm --final final.jsonl --seeds 0-39 --out sheets"],
+    "card": [
+        "neon card --model neon.safetensors --final final.jsonl --dataset CIFAR-10",
+        "neon card --model neon.safetensors --final final.jsonl --push_to_hub OWNER/NAME --dry_run",
+    ],
     "inspect": ["neon inspect checkpoints/Neon_EDM_FFHQ.pkl", "neon inspect base.safetensors neon.safetensors"],
     "convert": ["neon convert base.pkl base.safetensors", "neon convert trainer.pth base.safetensors --key model"],
     "reference": [

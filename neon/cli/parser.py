@@ -215,6 +215,24 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping], measured: bool)
     if family:
         add_fields(p, family.Loading)
 
+    p = command(
+        "card",
+        "run_card",
+        "write a model card with the hub's metadata, and upload a merged model with it",
+        ". The licence is that of the base: a merge inherits it.",
+    )
+    p.add_argument("--model", required=True, help="what `neon merge` wrote: a checkpoint, or a folder")
+    p.add_argument("--final", help="what `neon final` wrote, for the results (default: a card without results)")
+    p.add_argument("--license", help="the hub's name of it (default: as downloads.csv has it for the base)")
+    p.add_argument("--base_model", "--base-model", metavar="OWNER/NAME", help="the base on the hub (default: likewise)")
+    p.add_argument("--dataset", default="", help="what the reference statistics are of, such as CIFAR-10")
+    p.add_argument("--name", default="", help="of the model (default: the name of the file or folder)")
+    p.add_argument("--out", help="(default: README.md next to the checkpoint, or in the folder)")
+    p.add_argument("--replace", action="store_true", help="replace --out if it is there")
+    p.add_argument("--push_to_hub", "--push-to-hub", metavar="OWNER/NAME", help="also upload the model with its card")
+    p.add_argument("--private", action="store_true", help="create the repository as a private one")
+    p.add_argument("--dry_run", action="store_true", help="print the card and what would be uploaded, write nothing")
+
     p = command("inspect", "run_inspect", "what a checkpoint holds, or how two differ; nothing in it is executed")
     add_file(p)
     p.add_argument("other", nargs="?", type=checkpoint, help="a second one: print how the two differ")
