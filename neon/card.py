@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from neon import NeonError
-from neon.family import get_family
+from neon.family import FAMILIES, get_family
 from neon.fetch import LICENSE, NOT_STATED, TABLE, read_table
 from neon.files import existing, read_json
 from neon.measure.compare import Difference
@@ -179,7 +179,7 @@ def metadata(card: Card):
     return ModelCardData(
         license=card.license if known else "other",
         pipeline_tag=_task(card.model),
-        tags=[*TAGS, *([card.neon["family"]] if "/" not in card.neon.get("family", "/") else [])],
+        tags=[*TAGS, *(family for family in [card.neon.get("family")] if family in FAMILIES)],
         model_name=card.name,
         eval_results=_eval_results(card) or None,
         **named,
@@ -244,32 +244,37 @@ def _title(card: Card) -> str:
 
 
 def _recipe(card: Card) -> str:
-    row = card.neon
-    lines = [f"θ_neon = θ_r − w (θ_s − θ_r) with w = {card.w}"]
-    if row:
-        trained = (
-            f"θ_s: the base, fine-tuned on {row['budget']:,} images"
-            if row["budget"]
-            else "θ_s: a fine-tune of the base"
-        )
-        own = f" of a set S of {row['num_synthetic']:,} of its own samples" if row["num_synthetic"] else ""
-        names = [field.name for field in dataclasses.fields(get_family(row["family"]).Sampling)]
-        sampled = ", ".join(f"{name} {row[name]}" for name in names)
-        lines += [f"{trained}{own}", f"sampled with: {sampled or 'no options'}; {row['dtype']} on {row['device']}"]
+    lines = [f"θ_neon = θ_r − w (θ_s − θ_r) with w = {card.w}", *(_trained_and_sampled(card.neon) if card.neon else [])]
     return "## Recipe\n\n" + "".join(f"- {line}\n" for line in lines)
 
 
+def _trained_and_sampled(row: Mapping) -> Iterator[str]:
+    trained = f"fine-tuned on {row['budget']:,} images" if row["budget"] else "fine-tuned"
+    own = f" of a set S of {row['num_synthetic']:,}" if row["num_synthetic"] else ""
+    yield f"θ_s: the base, {trained}{own}"
+    sampled = ", ".join(f"{name} {row[name]}" for name in _options(row))
+    yield f"sampled with: {sampled or 'no options'}; {row['dtype']} on {row['device']}"
+
+
+def _options(row: Mapping) -> list[str]:
+    """The sampling options among what a row holds."""
+    return [field.name for field in dataclasses.fields(get_family(row["family"]).Sampling)]
+
+
 def _results(card: Card) -> str:
+    """A table of the three models, with the sampling options that they do not share."""
     if not card.rows:
         return ""
     row = card.neon
     metrics = [m for m in METRICS if m in row]
-    head = ["model", "w", *map(title, metrics)]
-    lines = [
-        [name, f"{card.rows[role]['w']:g}", *(_cell(card.rows[role], m) for m in metrics)]
-        for role, name in ROLES.items()
-    ]
-    lines = [head, ["---"] * len(head), *lines]
+    searched = [name for name in _options(row) if len({str(one[name]) for one in card.rows.values()}) > 1]
+
+    def line(role: str) -> list[str]:
+        found = card.rows[role]
+        return [ROLES[role], f"{found['w']:g}", *(str(found[o]) for o in searched), *(_cell(found, m) for m in metrics)]
+
+    head = ["model", "w", *searched, *map(title, metrics)]
+    lines = [head, ["---"] * len(head), *map(line, ROLES)]
     seeds = row["seeds"] if isinstance(row["seeds"], str) else "as listed in the rows"
     said = f"{row['n']:,} images each, seeds {seeds}; features {row['features']}; ± is one standard error."
     table = "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -115,7 +115,7 @@ def test_people_read_recipe_results_and_digests(run):
     text = Path("README.md").read_text()
     for part in (
         "θ_neon = θ_r − w (θ_s − θ_r) with w = 1.5",
-        "fine-tuned on 12,800 images of a set S of 6,000 of its own samples",
+        "fine-tuned on 12,800 images of a set S of 6,000",
         "num_steps 18",
         "| base θ_r | 0 | 6 ± 0.1 |",
         "| this model | 1.5 | 4 ± 0.1 |",
@@ -179,6 +179,15 @@ def test_a_card_without_results_says_what_the_checkpoint_records(run):
     data = ModelCard.load("card.md").data
     assert data.eval_results is None and "with w = 1.5" in Path("card.md").read_text()
     assert f"selftrained: `{sha256(Path('checkpoints/tuned.safetensors'))}`" in Path("card.md").read_text()
+
+
+def test_options_that_were_searched_have_a_column(run):
+    table()
+    run[0]["num_steps"] = 9
+    write_rows("final.jsonl", run)
+    neon(*ARGS)
+    text = Path("README.md").read_text()
+    assert "| model | w | num_steps | FID | IS |" in text and "| base θ_r | 0 | 9 | 6 ± 0.1 | 9.5 |" in text
 
 
 # ---------------------------------------------------------------- what is refused

@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from processes import error_of, neon
+from processes import error_of, finish, neon, ranks
 from sets import write_images
 
 from neon.data import ImageSet
@@ -69,6 +69,12 @@ def test_the_digest_is_of_images_and_names_alone(tmp_path):
     assert set_sha256(one) == set_sha256(other)
     next(other.rglob("*.png")).rename(other / "renamed.png")
     assert set_sha256(one) != set_sha256(other)
+
+
+def test_two_processes_measure_as_one(mini, sampled, tmp_path):
+    finish(*ranks(2, *words(mini, sampled / "S", "--out", tmp_path / "row.json")))
+    row, model = json.loads((tmp_path / "row.json").read_text()), json.loads((sampled / "model.json").read_text())
+    assert row["world"] == 2 and row["fid"] == pytest.approx(model["fid"], rel=1e-5)
 
 
 def test_in_python(mini, sampled):
