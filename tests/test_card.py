@@ -228,6 +228,7 @@ def test_bad_input_ends_in_one_line(run):
     assert "records no merge" in error_of("card", "--model", BASE, "--license", "mit")
     assert "is not a name on the hub" in error_of(*ARGS, "--base_model", "one/two/three")
     assert "write OWNER/NAME" in error_of(*ARGS, "--push_to_hub", "name")
+    assert "--out is the file of --model" in error_of(*ARGS, "--out", "./neon.safetensors", "--replace")
     Path("README.md").write_text("mine")
     assert "README.md exists" in error_of(*ARGS) and Path("README.md").read_text() == "mine"
     neon(*ARGS, "--replace")

@@ -432,6 +432,8 @@ def run_card(args) -> None:
         for name, file in files_of(card.model).items() if args.push_to_hub else ():
             print(f"not uploaded, would be {args.push_to_hub}/{name}  {file.stat().st_size / 2**20:,.1f} MiB")
     else:
+        if same_file(out, card.model):
+            raise NeonError(f"{out}: --out is the file of --model; choose another")
         if out.exists() and not args.replace:
             raise NeonError(f"{out} exists; choose another --out, or replace it with --replace")
         if args.push_to_hub:
