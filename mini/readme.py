@@ -1,4 +1,4 @@
-"""Copy what was measured into the README, docs/mini.md and docs/choosing-w.md, between markers: `python -m mini.readme`."""
+"""Copy what was measured into README.md, docs/mini.md, docs/choosing-w.md, between markers: `python -m mini.readme`."""
 
 import json
 import re

@@ -113,7 +113,8 @@ class Family(Protocol):
     """All that `neon` asks of a family: a module such as edm.family.
 
     Images are uint8 (N, C, H, W), on any device. labels: int64 (N,), or None for unconditional models. seeds: int64
-    (N,), on the CPU. tests/test_family.py holds every family to this.
+    (N,), on the CPU. tests/test_family.py holds every family to this. A family of the user's own may leave out what
+    neon.own_family has a default for.
     """
 
     name: str
@@ -209,10 +210,16 @@ def rows_of(draws: Draws, start: int, stop: int, n: int) -> Draws:
 
 
 def get_family(name: str) -> Family:
-    """The family of that name. Raises NeonError if there is none."""
-    if name not in FAMILIES:
-        raise NeonError(f"unknown family {name!r} (know {', '.join(FAMILIES)})")
-    return importlib.import_module(FAMILIES[name])
+    """The family of that name: one of FAMILIES, or the user's own, as 'path/to/file.py', 'package.module' or the name
+    of an installed entry point of the group `neon.families`. Raises NeonError if there is none.
+
+    get_family(family.name) is the same family.
+    """
+    if name in FAMILIES:
+        return importlib.import_module(FAMILIES[name])
+    from neon.own_family import find
+
+    return find(name, FAMILIES)
 
 
 def find_preset(name: str, family: str | None = None) -> tuple[Family, Preset]:

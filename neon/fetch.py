@@ -16,6 +16,8 @@ from neon.files import atomic, locked, progress, sha256
 
 TABLE = "downloads.csv"
 COLUMNS = ["group", "path", "source", "size", "sha256"]
+LICENSE = "license"  # a further column that older tables lack: the hub's name of it, or NOT_STATED
+NOT_STATED = "not stated"
 GROUPS = ("released", "stats", "base", "vae")
 
 
@@ -119,14 +121,18 @@ def _continue(url: str, partial: Path, start: int, bar, token: str | None) -> in
 
 
 def read_table(path: str | Path = TABLE) -> list[dict[str, str]]:
-    """Rows of COLUMNS. size and sha256 are empty where they are not known yet. Raises NeonError."""
+    """Rows of COLUMNS, and LICENSE if it is there. size and sha256 are empty where they are not known yet.
+
+    Raises NeonError.
+    """
     try:
         with open(path, newline="") as f:
             rows = list(csv.DictReader(f))
     except FileNotFoundError:
         raise NeonError(f"{path}: no such file; run this in the root of the repository") from None
     for row in rows:
-        if list(row) != COLUMNS or row["group"] not in GROUPS or not (row["size"].isdigit() or not row["size"]):
+        whole = list(row) in (COLUMNS, [*COLUMNS, LICENSE]) and None not in row.values()
+        if not whole or row["group"] not in GROUPS or not (row["size"].isdigit() or not row["size"]):
             raise NeonError(f"{path}: not a table of {', '.join(COLUMNS)} ({row})")
     return rows
 
@@ -138,9 +144,9 @@ def listed(name: str) -> dict[str, str] | None:
 
 
 def write_table(rows: list[dict[str, str]], path: str | Path = TABLE) -> None:
-    """Write what read_table reads, whole or not at all."""
+    """Write what read_table reads, with the columns that it had, whole or not at all."""
     with atomic(path) as partial, partial.open("w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(f, list(rows[0]) if rows else COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -211,6 +211,10 @@ class SurfaceSearch:
         """FID of the points on the surface, (q,)."""
         return (surface or self.surface).fid([self.space.place(point) for point in points], self.share)
 
+    def replicates(self, points: Sequence[Point]) -> np.ndarray:
+        """Predictions without each block of the images, (blocks, q)."""
+        return np.array([self.predict(points, part) for part in self.surface.jackknife()])
+
     def minimum(self, axes: Sequence[Sequence]) -> tuple[float, Point]:
         """The lowest predicted FID over the product of the axes where nodes reach, and its point."""
 
@@ -308,32 +312,47 @@ def conclude(search: SurfaceSearch) -> Found:
     best = search.best
     snapshots = [best.point.selftrained] if best.point.w else search.explored
     fid, lowest = search.minimum([*search.axes[:-1], snapshots])
-    parts = search.surface.jackknife()
-    intervals, loss = _intervals(search, lowest, parts)
+    stencil, points = _stencil(search, lowest)
+    rivals = _rivals(search, lowest)
+    values, parts = search.predict([*points, *rivals]), search.replicates([*points, *rivals])
+    q = len(points)
+    intervals, loss = _intervals(search, lowest, stencil, values[:q], parts[:, :q])
     edge = lowest.w > 0 and lowest.w >= search.limit(lowest.selftrained) - 1e-9
-    return Found(best, lowest, fid, intervals, _budgets(search, lowest, parts), edge, loss)
+    return Found(best, lowest, fid, intervals, _budgets(search, rivals, values[q:], parts[:, q:]), edge, loss)
 
 
-def _intervals(search: SurfaceSearch, lowest: Point, parts: Sequence[Surface]) -> tuple[dict, float]:
-    """Name → (low, high), and the loss in w: by one Newton step from the minimum for each part of the images."""
-    space, names = search.space, ["w", *search.space.options]
-    ranges = [(0.0, space.w[1]), *(values[:2] for values in space.options.values())]
-    step = np.array([(high - low) / 20 for low, high in ranges])
-    at = np.array([lowest.w, *(value for _, value in lowest.sampling)], dtype=float)
-    lows, highs = np.array(ranges).T
-    middle = np.clip(at, lows + step, highs - step)
+def _ranges(space: Space) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest w and options, (a,) each."""
+    return np.array([(0.0, space.w[1]), *(values[:2] for values in space.options.values())]).T
+
+
+def _stencil(search: SurfaceSearch, lowest: Point) -> tuple[np.ndarray, list[Point]]:
+    """Steps of −1, 0, 1 along w and options, (q, a), and the points there; a step is a twentieth of the range."""
+    lows, highs = _ranges(search.space)
+    step = (highs - lows) / 20
+    at = np.clip([lowest.w, *(value for _, value in lowest.sampling)], lows + step, highs - step)
+    stencil = np.array(list(product((-1, 0, 1), repeat=len(step))))
     snapshot = lowest.selftrained or search.middle
-    stencil = np.array(list(product((-1, 0, 1), repeat=len(names))))
-    points = [space.point(w, options, snapshot) for w, *options in (middle + stencil * step).tolist()]
-    gradient, curvature = _derivatives(stencil, search.predict(points))
-    gradients = [_derivatives(stencil, search.predict(points, part))[0] for part in parts]
+    return stencil, [search.space.point(w, options, snapshot) for w, *options in (at + stencil * step).tolist()]
+
+
+def _intervals(
+    search: SurfaceSearch, lowest: Point, stencil: np.ndarray, values: np.ndarray, parts: np.ndarray
+) -> tuple[dict, float]:
+    """Name → (low, high), and the loss in w: by one Newton step from the minimum for each part of the images.
+
+    values: FID on the stencil, (q,); parts: without each block, (blocks, q).
+    """
+    lows, highs = _ranges(search.space)
+    step, names = (highs - lows) / 20, ["w", *search.space.options]
+    gradient, curvature = _derivatives(stencil, values)
     if np.linalg.eigvalsh(curvature)[0] <= 0:
-        return dict(zip(names, ranges)), math.inf
-    moves = np.linalg.solve(curvature, (np.array(gradients) - gradient).T).T
-    half = half_width(jackknife_error(moves)) * step
-    loss = float(0.5 * curvature[0, 0] * (half[0] / step[0]) ** 2)
-    bounds = np.stack([np.maximum(lows, at - half), np.minimum(highs, at + half)], 1).tolist()
-    return dict(zip(names, map(tuple, bounds))), loss
+        return dict(zip(names, zip(lows.tolist(), highs.tolist()))), math.inf
+    moves = [np.linalg.solve(curvature, _derivatives(stencil, part)[0] - gradient) for part in parts]
+    half = half_width(jackknife_error(moves))  # in steps
+    at = np.array([lowest.w, *(value for _, value in lowest.sampling)], dtype=float)
+    bounds = np.stack([np.maximum(lows, at - half * step), np.minimum(highs, at + half * step)], 1).tolist()
+    return dict(zip(names, map(tuple, bounds))), float(0.5 * curvature[0, 0] * half[0] ** 2)
 
 
 def _derivatives(stencil: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -349,23 +368,23 @@ def _derivatives(stencil: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, n
     return found[1 : 1 + a], second
 
 
-def _budgets(search: SurfaceSearch, lowest: Point, parts: Sequence[Surface]) -> tuple[int, int]:
-    """The least and the greatest budget that, each at its best w, may be as good as the best."""
-    space = search.space
+def _rivals(search: SurfaceSearch, lowest: Point) -> list[Point]:
+    """The lowest point, and that of every other snapshot with the same options; none if the base is lowest."""
     if not lowest.w:
-        return (0, 0)
-    rivals = [lowest]
+        return []
+    others = [snapshot for snapshot in search.explored if snapshot != lowest.selftrained]
     options = [[value] for _, value in lowest.sampling]
-    for snapshot in search.explored:
-        if snapshot != lowest.selftrained:
-            _, point = search.minimum([search.axes[0], *options, [snapshot]])
-            if point.w:
-                rivals.append(point)
-    values = search.predict(rivals)
-    others = np.array([search.predict(rivals, part) for part in parts])
-    error = jackknife_error(others - others[:, :1])
-    as_good = [p for p, value, e in zip(rivals, values, error) if value - values[0] <= half_width(e)]
-    budgets = [space.budgets[point.selftrained] for point in as_good]
+    found = [search.minimum([search.axes[0], *options, [snapshot]])[1] for snapshot in others]
+    return [lowest, *(point for point in found if point.w)]
+
+
+def _budgets(search: SurfaceSearch, rivals: list[Point], values: np.ndarray, parts: np.ndarray) -> tuple[int, int]:
+    """The least and the greatest budget that, each at its best w, may be as good as the best."""
+    if not rivals:
+        return 0, 0
+    error = half_width(jackknife_error(parts - parts[:, :1]))
+    as_good = [point for point, value, e in zip(rivals, values, error) if value - values[0] <= e]
+    budgets = [search.space.budgets[point.selftrained] for point in as_good]
     return min(budgets), max(budgets)
 
 
@@ -383,7 +402,7 @@ def curve(search: SurfaceSearch, lowest: Point, count: tuple[int, int] = (31, 13
         low, high, kind = next(iter(space.options.values()))
         values = sorted({kind(v) for v in np.linspace(low, high, count[1]).round(6).tolist()})
     line = _nearest(values, first) if space.options else None
-    name, parts, rows = next(iter(space.options), "cfg"), search.surface.jackknife(), []
+    name, rows = next(iter(space.options), "cfg"), []
     for value in values:
         points = [space.point(w, [value, *rest] if space.options else [], snapshot) for w in weights]
         near = search.surface.reach([space.place(point) for point in points]) <= REACH + 1e-6
@@ -391,7 +410,7 @@ def curve(search: SurfaceSearch, lowest: Point, count: tuple[int, int] = (31, 13
         fids = dict(zip(points, search.predict(points)))
         errors = {}
         if value == line:
-            errors = dict(zip(points, jackknife_error([search.predict(points, part) for part in parts])))
+            errors = dict(zip(points, jackknife_error(search.replicates(points))))
         for w in weights:
             point = space.point(w, [value, *rest] if space.options else [], snapshot)
             found = {"fid": fids.get(point), "fid_se": errors.get(point)}

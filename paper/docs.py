@@ -6,6 +6,7 @@ from pathlib import Path
 
 from neon.cost import device
 from neon.family import FAMILIES, Family, Preset, Recipe, get_family
+from neon.fetch import LICENSE, TABLE, read_table
 from neon.files import atomic
 from neon.plan import ASSUMPTIONS, RECIPE, Row, describe, plan, summed
 from neon.plan import table as costs
@@ -114,6 +115,28 @@ def cost_line(rows: Sequence[Row]) -> str:
     )
 
 
+def licenses() -> str:
+    """Markdown: who publishes the files of downloads.csv, and under which licence; one line for files that agree."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in read_table(ROOT / TABLE):
+        if row["group"] != "stats":
+            groups.setdefault((publisher(row["source"]), row[LICENSE]), []).append(f"`{Path(row['path']).name}`")
+    lines = [
+        "| files | from | licence |\n|---|---|---|\n",
+        *(f"| {', '.join(files)} | {source} | {license} |\n" for (source, license), files in groups.items()),
+    ]
+    return "".join(lines)
+
+
+def publisher(source: str) -> str:
+    """'hf://sinaalemohammad/Neon@main/x.pth' → a link to the repository; of another address, to its server."""
+    if source.startswith("hf://"):
+        repo = "/".join(source.removeprefix("hf://").split("/")[:2]).partition("@")[0]
+        return f"[{repo}](https://huggingface.co/{repo})"
+    parts = source.split("/")
+    return f"[{'/'.join(parts[3:5])}]({'/'.join(parts[:5])})" if parts[2] == "github.com" else parts[2]
+
+
 def filled(text: str, table: str, name: str = "presets") -> str:
     """The document with the table between the markers of that name; unchanged where there are none."""
     begin, end = (mark.replace("presets", name) for mark in (BEGIN, END))
@@ -124,6 +147,11 @@ def documents() -> dict[Path, str]:
     """Each document with markers → its table."""
     of_families = {ROOT / "docs" / f"{name}.md": table(get_family(name)) for name in FAMILIES}
     return {ROOT / "README.md": released()} | of_families
+
+
+def licensed() -> dict[Path, str]:
+    """The document with markers of `licenses` → its table."""
+    return {ROOT / "docs" / "publishing.md": licenses()}
 
 
 def planned(rows: Sequence[Row] | None = None) -> dict[Path, str]:
@@ -141,5 +169,7 @@ def fill(path: Path, table: str, name: str = "presets") -> None:
 if __name__ == "__main__":
     for path, text in documents().items():
         fill(path, text)
+    for path, text in licensed().items():
+        fill(path, text, "licenses")
     for path, text in planned().items():
         fill(path, text, "plan")

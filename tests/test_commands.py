@@ -515,8 +515,13 @@ def test_what_is_given_overrides_a_preset(mini, preset, tmp_path):
         assert "--grid" not in said.splitlines()[0]
         return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
 
-    assert {(row["rho"], row["w"]) for row in rows("value", "--rho", 6.5, "--method", "grid")} == {(6.5, 0.0), (6.5, 1.0)}
-    one = rows("one", "--grid", "num_steps=2,3", "--w=0", "--method", "grid")  # no grid over rho, which is as in the evaluation
+    assert {(row["rho"], row["w"]) for row in rows("value", "--rho", 6.5, "--method", "grid")} == {
+        (6.5, 0.0),
+        (6.5, 1.0),
+    }
+    one = rows(
+        "one", "--grid", "num_steps=2,3", "--w=0", "--method", "grid"
+    )  # no grid over rho, which is as in the evaluation
     assert {(row["num_steps"], row["rho"]) for row in one} == {(2, 5.0), (3, 5.0)}
     two = rows("two", "--grid", "num_steps=2,3", "--grid", "rho=6,8", "--w=0", "--method", "grid")
     assert {(row["num_steps"], row["rho"]) for row in two} == {(2, 6.0), (2, 8.0), (3, 6.0), (3, 8.0)}

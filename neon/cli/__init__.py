@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
 
         args = parse(argv, prog)
         # Only now that the options are right: these load torch.
-        if args.run == "run_plan" or (getattr(args, "dry_run", None) and args.run != "run_merge"):
+        if args.run == "run_plan" or isinstance(getattr(args, "dry_run", None), str):  # --dry_run DEVICE
             from neon.cli import plan as commands  # what the command would cost
         else:
             from neon.cli import commands

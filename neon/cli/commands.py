@@ -9,17 +9,19 @@ from pathlib import Path
 import torch
 
 from neon import NeonError
+from neon.card import card_of, check_repo, check_token, files_of, push, readme
 from neon.cli.found import chosen_row, lines, record, verdict, write_csv
 from neon.cli.merging import run_extract_lora, run_merge  # noqa: F401, they are commands
-from neon.cli.options import loading, method_of, precision_of, processes, sampling_options
-from neon.cli.show import summary, terminal_plot
+from neon.cli.options import OF_A_MODEL, loading, method_of, option_of, precision_of, processes, sampling_options
+from neon.cli.show import results, summary, terminal_plot
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
 from neon.family import get_family, named
 from neon.fetch import GROUPS, TABLE, choose, fetch_row, pinned, read_table
-from neon.files import atomic, discard, existing, sha256, write_json
+from neon.files import atomic, discard, existing, same_file, sha256, write_json
 from neon.final import check_sampled_alike, final_points
 from neon.generate import generate
+from neon.images import evaluation_of, measure_images
 from neon.measure.candidates import Candidates, Point
 from neon.measure.compare import Difference, fid_difference
 from neon.measure.evaluate import Evaluation, parse_metrics, reference_of
@@ -171,10 +173,12 @@ def _evaluation(args, here):
 
 
 def run_evaluate(args) -> None:
-    if args.selftrained and args.w is None:
-        raise NeonError("--selftrained needs -w: 0 is the base, −1 the self-trained model")
     if args.keep_features and not args.out:
         raise NeonError("--keep_features needs --out: they are kept in a folder next to it")
+    if args.images:
+        return _evaluate_images(args)
+    if args.selftrained and args.w is None:
+        raise NeonError("--selftrained needs -w: 0 is the base, −1 the self-trained model")
     family = get_family(args.family)
     with processes(args, family) as here:
         evaluation = _evaluation(args, here)
@@ -186,6 +190,20 @@ def run_evaluate(args) -> None:
             print(summary(result, evaluation.metrics))
             if args.out:
                 write_json(args.out, result)
+
+
+def _evaluate_images(args) -> None:
+    if given := [name for name in OF_A_MODEL if getattr(args, name) is not None]:
+        raise NeonError(f"--images are measured as they are: leave out {', '.join(map(option_of, given))}")
+    images = ImageSet(args.images)
+    with world(args.device, bool(args.tf32)) as here:
+        reference = load_reference(existing(args.ref))
+        evaluation = evaluation_of(images, args.features, reference, args.metrics, args.batch_size, here)
+        row = measure_images(images, evaluation, folder_of(args.out) if args.keep_features else None)
+        if here.rank == 0:
+            print("  ".join([args.images, *results(row, evaluation.metrics)]))
+            if args.out:
+                write_json(args.out, row)
 
 
 def run_search(args) -> None:
@@ -359,6 +377,34 @@ def run_clean(args) -> None:
         size = sum(file.stat().st_size for file in folder.iterdir())
         discard(folder)
         print(f"{folder}: deleted, {size / 2**20:,.1f} MiB")
+
+
+def run_card(args) -> None:
+    options = {name: getattr(args, name) for name in ("license", "base_model", "dataset", "name")}
+    card = card_of(args.model, args.final, **options)
+    if args.push_to_hub:
+        check_repo(args.push_to_hub)
+    folder = card.model if card.model.is_dir() else card.model.parent
+    out, text = Path(args.out or folder / "README.md"), readme(card, args.push_to_hub or "")
+    if args.dry_run:
+        print(text)
+        print(f"not written, would be {out}")
+        for name, file in files_of(card.model).items() if args.push_to_hub else ():
+            print(f"not uploaded, would be {args.push_to_hub}/{name}  {file.stat().st_size / 2**20:,.1f} MiB")
+    else:
+        if same_file(out, card.model):
+            raise NeonError(f"{out}: --out is the file of --model; choose another")
+        if out.exists() and not args.replace:
+            raise NeonError(f"{out} exists; choose another --out, or replace it with --replace")
+        if args.push_to_hub:
+            check_token()
+        with atomic(out) as partial:
+            partial.write_text(text)
+        print(f"written to {out}")
+        if args.push_to_hub:
+            print(f"uploaded to {push(card, args.push_to_hub, args.private)}")
+    for warning in card.warnings:
+        print("warning:", warning, file=sys.stderr)
 
 
 def run_grid(args) -> None:

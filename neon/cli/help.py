@@ -39,6 +39,7 @@ EXAMPLES = {
     "evaluate": [
         f"neon evaluate --family edm --model checkpoints/base.pkl --seeds 0-49999 {REF}",
         f"neon evaluate --family edm {BASE} {TRAINED} -w 1 \\\n      --seeds 0-49999 {REF} --out row.json",
+        f"neon evaluate --images samples {REF} --metrics fid,kid --out row.json",
     ],
     "search": [
         f"neon search --family edm {BASE} {TRAINED} -w 0:3 \\\n      --seeds 100000-109999 {REF} --out search.jsonl",
@@ -55,6 +56,10 @@ EXAMPLES = {
         f"neon final --family edm {BASE} --search search.jsonl \\\n      --seeds 500000-549999 {REF} --out final.jsonl"
     ],
     "grid": ["neon grid --family edm --final final.jsonl --seeds 0-39 --out sheets"],
+    "card": [
+        "neon card --model neon.safetensors --final final.jsonl --dataset CIFAR-10",
+        "neon card --model neon.safetensors --final final.jsonl --push_to_hub OWNER/NAME --dry_run",
+    ],
     "inspect": ["neon inspect checkpoints/Neon_EDM_FFHQ.pkl", "neon inspect base.safetensors neon.safetensors"],
     "convert": ["neon convert base.pkl base.safetensors", "neon convert trainer.pth base.safetensors --key model"],
     "reference": [

@@ -9,6 +9,8 @@ from pathlib import Path
 from neon.family import FAMILIES, Preset
 from neon.precision import DTYPES
 
+OWN = "path/to/file.py or package.module"  # see docs/own-family.md
+
 
 def peek(option: str, argv: Sequence[str] | None = None) -> str | None:
     """The value of an option on the command line, for a parser that depends on it; None if it is not given."""
@@ -20,7 +22,7 @@ def peek(option: str, argv: Sequence[str] | None = None) -> str | None:
 def add_family(p: argparse.ArgumentParser, family) -> None:
     """--family; the help's last lines say how to see the options of a family, if none is named yet."""
     names = ", ".join(FAMILIES)
-    p.add_argument("--family", required=True, help=names)
+    p.add_argument("--family", required=True, help=f"{names}; or your own, {OWN}")
     if not family:
         more = f"families: {names}. `%(prog)s --family NAME --help` also shows the options of that family."
         p.epilog = f"{p.epilog}\n\n{more}" if p.epilog else more
@@ -59,6 +61,22 @@ def add_preset(p: argparse.ArgumentParser, chosen: Mapping[str, str | list[str]]
     p.set_defaults(**chosen, chosen=chosen)
     for action in p._actions:
         action.required = action.required and action.dest not in chosen
+
+
+OF_A_MODEL = ("base", "selftrained", "w", "family", "seeds", "preset")
+
+
+def option_of(name: str) -> str:
+    """'base' → '--model', as `neon evaluate` shows it."""
+    return {"base": "--model", "w": "-w"}.get(name, f"--{name}")
+
+
+def without_model(p: argparse.ArgumentParser, family) -> None:
+    """The options of a model are not required; those of the device are there also without a family."""
+    if not family:
+        add_device(p)
+    for action in p._actions:
+        action.required = action.required and action.dest not in OF_A_MODEL
 
 
 def choices_of(preset: Preset, family: str, command: str, merging: bool = False) -> dict[str, str | list[str]]:

@@ -26,6 +26,7 @@ from neon.cli.options import (
     peek,
     rate,
     share,
+    without_model,
 )
 from neon.family import find_preset, get_family
 
@@ -36,7 +37,7 @@ def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
     Raises NeonError for an unknown family or preset.
     """
     argv = negative(argv)
-    return _parser(prog, *_choices(argv)).parse_args(argv)
+    return _parser(prog, *_choices(argv), measured=bool(peek("--images", argv))).parse_args(argv)
 
 
 def _choices(argv: Sequence[str]):
@@ -58,7 +59,8 @@ def _choices(argv: Sequence[str]):
     return family, chosen
 
 
-def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.ArgumentParser:
+def _parser(prog: str, family, chosen: Callable[[str], Mapping], measured: bool) -> argparse.ArgumentParser:
+    """measured: there are --images already, so `evaluate` needs no model."""
     parser = Parser(
         prog=prog,
         description="Neon, negative extrapolation from self-training: θ_neon = θ_r − w (θ_s − θ_r), w > 0.",
@@ -151,6 +153,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
 
     p = command("evaluate", "run_evaluate", "FID and other metrics of a model, or of a merge made in memory")
     p.add_argument("--model", "--base", dest="base", type=checkpoint, required=True, help="θ_r, or any model")
+    p.add_argument("--images", help="in place of a model and its options: images that are there, see `neon reference`")
     p.add_argument("--selftrained", type=checkpoint, help="θ_s; needs -w")
     p.add_argument("-w", type=float, help="strength; 0 is the base, −1 the self-trained model")
     p.add_argument("--out", help="JSON file for the row of results")
@@ -159,6 +162,8 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     add_evaluation(p)
     add_dry_run(p)
     add_preset(p, chosen("evaluate"))
+    if measured:
+        without_model(p, family)
 
     p = command(
         "search",
@@ -234,6 +239,24 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping]) -> argparse.Arg
     p.add_argument("--device", choices=["cpu", "cuda"])
     if family:
         add_fields(p, family.Loading)
+
+    p = command(
+        "card",
+        "run_card",
+        "write a model card with the hub's metadata, and upload a merged model with it",
+        ". The licence is that of the base: a merge inherits it.",
+    )
+    p.add_argument("--model", required=True, help="what `neon merge` wrote: a checkpoint, or a folder")
+    p.add_argument("--final", help="what `neon final` wrote, for the results (default: a card without results)")
+    p.add_argument("--license", help="the hub's name of it (default: as downloads.csv has it for the base)")
+    p.add_argument("--base_model", "--base-model", metavar="OWNER/NAME", help="the base on the hub (default: likewise)")
+    p.add_argument("--dataset", default="", help="what the reference statistics are of, such as CIFAR-10")
+    p.add_argument("--name", default="", help="of the model (default: the name of the file or folder)")
+    p.add_argument("--out", help="(default: README.md next to the checkpoint, or in the folder)")
+    p.add_argument("--replace", action="store_true", help="replace --out if it is there")
+    p.add_argument("--push_to_hub", "--push-to-hub", metavar="OWNER/NAME", help="also upload the model with its card")
+    p.add_argument("--private", action="store_true", help="create the repository as a private one")
+    p.add_argument("--dry_run", action="store_true", help="print the card and what would be uploaded, write nothing")
 
     p = command("inspect", "run_inspect", "what a checkpoint holds, or how two differ; nothing in it is executed")
     add_file(p)

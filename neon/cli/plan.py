@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from neon.cli.options import method_of, sampling_options
-from neon.cost import Device, device, training
+from neon.cost import Device, device, features, training
+from neon.data import ImageSet
 from neon.distributed import rank
 from neon.family import Family, Recipe, get_family, named
 from neon.files import existing
@@ -62,6 +63,10 @@ def run_train(args) -> None:
 
 
 def run_evaluate(args) -> None:
+    if args.images:
+        images = ImageSet(args.images)
+        row = Row("", "", "", 1, len(images), features(args.features, images.shape))
+        return _say(args, f"would measure the images in {args.images}", row)
     _say(args, f"would evaluate {args.base}", _evaluations(args, 1, {}))
 
 

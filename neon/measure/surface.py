@@ -6,7 +6,7 @@ near them: the moments there are polynomials through the measured moments, and F
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, product
 
 import numpy as np
@@ -17,8 +17,7 @@ from neon.measure.metrics import Moments, Reference
 
 DEGREE = 4  # of the polynomials, at most
 SMOOTH = 0.3  # weight of a degree relative to the one below: low degrees explain what they can
-REACH = 3.6  # how far nodes can be trusted: to twice the distance of two of them, see `Surface.reach`
-APART = 0.3  # nodes that are nearer to another one say how steep the surface is, not where it can be trusted
+REACH = 3.0  # how far nodes can be trusted: to twice the distance of two of them, see `Surface.reach`
 BLOCKS = 10  # of seeds, for the jackknife
 
 Map = Callable[[Callable, Sequence], list]  # (function, items) → its results, perhaps computed by several processes
@@ -62,15 +61,12 @@ class Surface:
         return _weights(np.asarray(self.places), np.asarray(places, dtype=float), self.budget)
 
     def reach(self, places: np.ndarray) -> np.ndarray:
-        """(q, a) → (q,): the sum of the absolute weights (Lebesgue function) of nodes that are APART, 1 at these.
+        """(q, a) → (q,): about 1 among the nodes; beyond them it grows, as the errors do.
 
-        Errors grow by it.
+        It is the sum of the absolute weights of an interpolation that is linear in each coordinate: 3 at twice the
+        distance of two nodes.
         """
-        apart: list[tuple[float, ...]] = []
-        for node in self.places:
-            if all(math.dist(node, other) >= APART for other in apart):
-                apart.append(node)
-        return np.abs(_weights(np.asarray(apart), np.asarray(places, dtype=float), self.budget)).sum(1)
+        return np.abs(_weights(np.asarray(self.places), np.asarray(places, dtype=float), self.budget, 1)).sum(1)
 
     def fid(self, places: Sequence, share: Map | None = None) -> np.ndarray:
         """FID of the interpolated moments at (q, a) places: (q,) float64.
@@ -101,28 +97,25 @@ class Surface:
                 other._add(self.places[i], self.features[i], self.moments[i])
         return other
 
-    def jackknife(self) -> list["Surface"]:
-        """The surfaces of the same nodes, each without one of BLOCKS blocks of the images."""
-        n = len(self.features[0])
-        edges = np.arange(BLOCKS + 1) * n // BLOCKS
-        others = []
+    def jackknife(self) -> Iterator["Surface"]:
+        """The surfaces of the same nodes, each without one of BLOCKS blocks of the images: one at a time in memory."""
+        edges = np.arange(BLOCKS + 1) * len(self.features[0]) // BLOCKS
         for first, last in pairwise(edges):
             other = Surface(self.reference, self.device, self.budget)
             for place, features, moments in zip(self.places, self.features, self.moments):
                 block = features[first:last].to(self.device)
                 other._add(place, features, _less(moments, block))
-            others.append(other)
-        return others
+            yield other
 
 
 def _alone(function, items) -> list:
     return [function(item) for item in items]
 
 
-def _weights(nodes: np.ndarray, places: np.ndarray, budget: bool) -> np.ndarray:
-    """See Surface.weights."""
-    at_nodes, there, k = _monomials(nodes, budget), _monomials(places, budget), len(nodes)
-    gram = at_nodes @ at_nodes.T
+def _weights(nodes: np.ndarray, places: np.ndarray, budget: bool, highest: int = DEGREE) -> np.ndarray:
+    """See Surface.weights. highest: power of a coordinate."""
+    at_nodes, there = (_monomials(x, budget, highest) for x in (nodes, places))
+    k, gram = len(nodes), at_nodes @ at_nodes.T
     system = np.ones((k + 1, k + 1))  # bordered by ones: constants are met exactly, at no cost
     system[:k, :k] = gram + 1e-10 * np.trace(gram) / k * np.eye(k)
     system[k, k] = 0
@@ -130,12 +123,12 @@ def _weights(nodes: np.ndarray, places: np.ndarray, budget: bool) -> np.ndarray:
     return np.linalg.solve(system, right)[:k].T
 
 
-def _monomials(places: np.ndarray, budget: bool) -> np.ndarray:
-    """(q, a) → (q, m): all products of the coordinates up to DEGREE.
+def _monomials(places: np.ndarray, budget: bool, highest: int) -> np.ndarray:
+    """(q, a) → (q, m): all products of powers of the coordinates, none above `highest`, together not above DEGREE.
 
     The power of a budget, the last coordinate, is never above that of the distance.
     """
-    powers = [p for p in product(range(DEGREE + 1), repeat=places.shape[1]) if sum(p) <= DEGREE]
+    powers = [p for p in product(range(highest + 1), repeat=places.shape[1]) if sum(p) <= DEGREE]
     if budget:
         powers = [p for p in powers if p[-1] <= p[0]]
     powers = np.array(powers)
