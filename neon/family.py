@@ -23,6 +23,7 @@ FAMILIES = {
     "var": "VAR.family",
     "xar": "xAR.family",
     "imm": "imm.family",
+    "diffusers": "pipelines.family",
 }
 
 

@@ -17,7 +17,8 @@ from neon.family import FAMILIES, Recipe, get_family
 from neon.weights.checkpoint import save_safetensors
 
 DEVICE = Device("some", dict.fromkeys(("float32", "tf32", "float16", "bfloat16"), 1.0), 0.5)
-SMALL = {"edm": "digits", "flow": "digits", "var": "tiny", "xar": "digits", "imm": "digits"}
+SMALL = {"edm": "digits", "flow": "digits", "var": "tiny", "xar": "digits", "imm": "digits", "diffusers": "digits"}
+FEW = {"edm": {"num_steps": 3}, "xar": {"flow_steps": 3}, "diffusers": {"num_inference_steps": 3}}
 # Sampling options; and passes of the network by hand, a row with a class and one without counted apart.
 PASSES = [
     ("edm", {"num_steps": 18}, 2 * 18 - 1),
@@ -33,6 +34,7 @@ PASSES = [
     ("xar", {"cfg": 2.7, "flow_steps": 10}, 10 + 3 * 2 * 10),  # the first cell is not guided
     ("imm", {"num_steps": 8, "cfg_scale": 1.0}, 8),
     ("imm", {"num_steps": 8, "cfg_scale": 1.5}, 2 * 8),
+    ("diffusers", {"num_inference_steps": 8}, 8),
 ]
 
 
@@ -136,7 +138,7 @@ def test_the_count_on_meta_is_that_of_a_real_run(name):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    family, options = get_family(name), {"edm": {"num_steps": 3}, "xar": {"flow_steps": 3}}.get(name, {"num_steps": 2})
+    family, options = get_family(name), FEW.get(name, {"num_steps": 2})
     options |= {"solver": "heun"} if name == "flow" else {}
     chosen = {field.name: field.default for field in dataclasses.fields(family.Sampling)} | options
     model = family.create("digits", device="cpu")

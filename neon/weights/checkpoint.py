@@ -6,6 +6,7 @@
     .safetensors                        one file, or a folder (or its *.index.json) with shards
     .pth .pt .ckpt                      torch.save of a state dict, flat or nested; torch.load(weights_only=True)
     .pkl                                EDM's and IMM's persistent pickles (neon.weights.unpickle); read only
+    a folder in diffusers' format       the .safetensors of the component that is trained (neon.weights.pipeline)
 """
 
 import argparse
@@ -29,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from neon import NeonError
 from neon.files import atomic, existing, read_json
+from neon.weights.pipeline import weights_file
 
 # Where public checkpoints keep the weights that are sampled from, best first (EMA before raw); dots enter nested dicts.
 STATE_KEYS = ("model_ema", "ema_model", "ema", "trainer.var_wo_ddp", "var_wo_ddp", "state_dict", "model")
@@ -177,7 +179,7 @@ def open_weights(path: str | Path, key: str | None = None) -> Weights:
     .pkl: the network's entry, by default 'ema'. Raises NeonError if the file is missing, damaged, of an unknown kind,
     holds anything but data, or nothing at the key.
     """
-    path = existing(path)
+    path = weights_file(existing(path))
     if path.is_dir() or path.suffix == ".safetensors" or path.name.endswith(".index.json"):
         if key:
             raise NeonError(f"{path}: safetensors files are flat, there is no key {key!r} in one")
