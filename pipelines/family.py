@@ -54,13 +54,13 @@ def create(config: str, *, device: torch.device | str, pipeline: str = "", promp
 
 def hollow(config: str | Path, *, precision: str = "float32", **options) -> Model:
     """On the meta device, of a named configuration, a pipeline's folder or a file of weights, with one empty prompt."""
-    rank, checkpointing, options = _training(options)
+    rank, _, options = _training(options)  # what checkpointing computes again is not counted
     if isinstance(config, Path):
         model = read(config, precision=precision, hollow=True)
     else:
         model = new(config, hollow=True, **options)
         model.precision = precision
-    return _trained_so(model, rank, checkpointing)
+    return _trained_so(model, rank, False)
 
 
 def countable(sampling: Mapping[str, object]) -> tuple[dict[str, object], str]:

@@ -58,8 +58,8 @@ def _of_prompt_and_pooled(model: "Model", x, t, labels, dropped) -> torch.Tensor
 @torch.no_grad()
 def encoded(model: "Model", labels: torch.Tensor, dropped: torch.Tensor | None, **more) -> tuple:
     """What the pipeline's text encoders make of the prompts, in float32; a dropped one is the empty text."""
-    gone = [False] * len(labels) if dropped is None else dropped.tolist()
-    texts = ["" if out else model.prompts[i] for i, out in zip(labels.tolist(), gone)]
+    gone = [False] * len(labels) if dropped is None else dropped.cpu().tolist()
+    texts = ["" if out else model.prompts[i] for i, out in zip(labels.cpu().tolist(), gone)]
     device = next(model.network.parameters()).device
     with autocast(device, "float32"):
         return model.pipe.encode_prompt(

@@ -174,12 +174,12 @@ def _recorded(record: Mapping, precision: str, hollow: bool = False) -> Model:
     diffusers = _diffusers()
     try:
         (network, options), (scheduler, settings) = record["network"], record["scheduler"]
-        with torch.device("meta" if hollow else "cpu"), warnings.catch_warnings(action="ignore"):
+        with torch.device("meta" if hollow else "cpu"), _silent(diffusers):
             unet = getattr(diffusers, network)(**options)
         pipe = getattr(diffusers, record["class"])(unet, getattr(diffusers, scheduler)(**settings))
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise NeonError(f"a pipeline that diffusers cannot build ({error})") from None
-    return Model(_quiet(pipe, hollow), "unet", None, precision)
+    return Model(_quiet(pipe, "unet", hollow), "unet", None, precision)
 
 
 def _pipe(folder: Path, component: str, hollow: bool):
@@ -189,9 +189,9 @@ def _pipe(folder: Path, component: str, hollow: bool):
     if component not in index or not (folder / component).is_dir():
         raise NeonError(f"{folder}: its component {component} is missing")
     diffusers = _diffusers()
-    given = {name: None for name in UNUSED if name in index}
+    given = {name: None for name, entry in index.items() if name in UNUSED or entry == [None, None]}
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with _silent(diffusers):
             if hollow:
                 given |= {name: part for name in index if (part := _hollow_part(folder, name, index[name]))}
             pipe = diffusers.DiffusionPipeline.from_pretrained(
@@ -200,12 +200,12 @@ def _pipe(folder: Path, component: str, hollow: bool):
     except (OSError, ValueError, ImportError, AttributeError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise NeonError(f"{folder}: diffusers cannot load this pipeline ({reason})") from None
-    return _quiet(pipe, hollow)
+    return _quiet(pipe, component, hollow)
 
 
 def _hollow_part(folder: Path, name: str, entry) -> nn.Module | None:
     """A network of the pipeline on the meta device; None for what is no network."""
-    if not isinstance(entry, list) or entry[0] not in ("diffusers", "transformers") or name in UNUSED:
+    if not isinstance(entry, list) or not entry or entry[0] not in ("diffusers", "transformers") or name in UNUSED:
         return None
     cls = getattr(importlib.import_module(entry[0]), entry[1])
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
@@ -216,8 +216,8 @@ def _hollow_part(folder: Path, name: str, entry) -> nn.Module | None:
         return cls(cls.config_class.from_pretrained(folder / name))
 
 
-def _quiet(pipe, hollow: bool):
-    """Without progress bars; on the meta device its times have values all the same."""
+def _quiet(pipe, component: str, hollow: bool):
+    """Without progress bars. On the meta device its times have values all the same; the network gets them without."""
     pipe.set_progress_bar_config(disable=True)
     if hollow:
         set_timesteps = pipe.scheduler.set_timesteps
@@ -226,7 +226,12 @@ def _quiet(pipe, hollow: bool):
         def on_cpu(*args, device=None, **options):
             return set_timesteps(*args, **options)
 
+        def on_meta(_, args, options):
+            move = lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value  # noqa: E731
+            return tuple(map(move, args)), {name: move(value) for name, value in options.items()}
+
         pipe.scheduler.set_timesteps = on_cpu
+        getattr(pipe, component).register_forward_pre_hook(on_meta, with_kwargs=True)
     return pipe
 
 
@@ -249,8 +254,28 @@ def _prompts(pipe, file: str) -> tuple[str, ...]:
 def _diffusers():
     with extra("diffusers"):
         import diffusers
-    diffusers.utils.logging.set_verbosity_error()
     return diffusers
+
+
+@contextmanager
+def _silent(diffusers):
+    """Inside, neither diffusers nor transformers shows bars or says what it would rather be given."""
+    logs = [diffusers.utils.logging]
+    if diffusers.utils.is_transformers_available():
+        import transformers
+
+        logs.append(transformers.utils.logging)
+    before = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        for log, level in zip(logs, before):
+            log.set_verbosity(level)
+            log.enable_progress_bar()
 
 
 # ---------------------------------------------------------------- sampling

@@ -173,6 +173,7 @@ def test_precisions_are_kept_apart():
 PASS = {  # sampling options of one pass of the network; how many times of it a training step costs
     "edm": ({"num_steps": 1}, 3),
     "flow": ({"num_steps": 1, "solver": "euler"}, 3),
+    "diffusers": ({"num_inference_steps": 1}, 3),
     "imm": ({"num_steps": 1, "cfg_scale": 1.0}, 4),  # the target is one more forward pass
 }
 RECIPE = Recipe(batch=64, lr=1e-4, budget=64, snapshot=64)
