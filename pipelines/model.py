@@ -16,10 +16,10 @@ from torch import nn
 from neon import NeonError, extra
 from neon.dropout import Dropout
 from neon.family import named
-from neon.files import existing, read_json
+from neon.files import existing, read_json, same_file
 from neon.precision import autocast
 from neon.weights.checkpoint import load_into, open_weights, values_sha256
-from neon.weights.pipeline import INDEX, is_pipeline, trained_component
+from neon.weights.pipeline import INDEX, is_pipeline, trained_component, weights_file
 from pipelines.configs import NETWORKS, SCHEDULER
 from pipelines.kinds import Kind, kind_of
 from pipelines.lora import Adapted
@@ -139,7 +139,7 @@ def read(
         wanted = record.get("frozen_sha256") if record and not hollow else None
         if wanted and wanted != model.frozen_sha256:
             raise NeonError(f"{folder}: not the pipeline that {path} was trained in")
-    if not hollow and (folder is None or not _inside(path, folder)):
+    if not hollow and not (folder and _same_weights(path, folder / component)):
         with open_weights(path) as weights:
             load_into(model.network, weights, path)
     return model
@@ -150,7 +150,7 @@ def _place(path: Path, pipeline: str) -> tuple[Path | None, str, Mapping]:
     if path.is_dir() and is_pipeline(path):
         return path, trained_component(path), {}
     component = path if path.is_dir() else path.absolute().parent
-    if not pipeline and is_pipeline(component.parent):
+    if not pipeline and is_pipeline(component.parent) and component.name in read_json(component.parent / INDEX):
         return component.parent, component.name, {}
     with open_weights(path) as weights:
         record = json.loads(weights.metadata.get("pipeline", "{}"))
@@ -164,8 +164,9 @@ def _place(path: Path, pipeline: str) -> tuple[Path | None, str, Mapping]:
     return None, record["component"], record
 
 
-def _inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+def _same_weights(path: Path, component: Path) -> bool:
+    """Are the weights of `path` those that the pipeline has read already?"""
+    return same_file(weights_file(path), weights_file(component))
 
 
 def _recorded(record: Mapping, precision: str, hollow: bool = False) -> Model:
@@ -188,6 +189,7 @@ def _pipe(folder: Path, component: str, hollow: bool):
     kind_of(index.get("_class_name"))
     if component not in index or not (folder / component).is_dir():
         raise NeonError(f"{folder}: its component {component} is missing")
+    weights_file(folder / component)
     diffusers = _diffusers()
     given = {name: None for name, entry in index.items() if name in UNUSED or entry == [None, None]}
     try:
@@ -267,7 +269,7 @@ def _silent(diffusers):
         logs.append(transformers.utils.logging)
     before = [log.get_verbosity() for log in logs]
     for log in logs:
-        log.set_verbosity_error()
+        log.set_verbosity(log.CRITICAL)  # what is wrong is raised
         log.disable_progress_bar()
     try:
         with warnings.catch_warnings(action="ignore"):
