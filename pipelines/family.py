@@ -139,9 +139,12 @@ def sample(model: Model, seeds: torch.Tensor, labels: torch.Tensor | None, **sam
     watch = model.network.register_forward_hook(lambda _, inputs, output: finite.append(output[0].isfinite().all()))
     before = _states(device)
     try:
-        with noise_from(model.pipe.scheduler, generators), decoding_in(model.vae, decoder(model.precision)):
-            with autocast(device, network(model.precision)):
-                images = model.pipe(**call, generator=generators, output_type="np").images
+        with (
+            noise_from(model.pipe.scheduler, generators),
+            decoding_in(model.vae, decoder(model.precision)),
+            autocast(device, network(model.precision)),
+        ):
+            images = model.pipe(**call, generator=generators, output_type="np").images
     except ValueError as error:  # what a pipeline or scheduler says of impossible options
         raise NeonError(f"{type(model.pipe).__name__}: {' '.join(str(error).split())}") from None
     finally:

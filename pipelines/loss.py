@@ -43,7 +43,7 @@ class Levels:
 
 
 def levels_of(scheduler) -> Levels:
-    """Of a scheduler of diffusers, whatever steps it has been set to. Raises NeonError if its kind is not known here."""
+    """Of a scheduler of diffusers, whatever steps it is set to. Raises NeonError if its kind is not known here."""
     kind = type(scheduler).__name__
     fresh = type(scheduler).from_config(scheduler.config)
     if kind.startswith("FlowMatch"):

@@ -37,7 +37,13 @@ class Model(nn.Module):
         self.network = getattr(pipe, component)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         self.frozen = nn.ModuleDict({name: part for name, part in parts.items() if name != component})
-        self.pipe, self.component, self.folder, self.precision, self.prompts = pipe, component, folder, precision, prompts
+        self.pipe, self.component, self.folder, self.precision, self.prompts = (
+            pipe,
+            component,
+            folder,
+            precision,
+            prompts,
+        )
         self.adapted: Adapted | None = None
         _own_masks(self.network)
         self.eval().requires_grad_(False)
@@ -56,7 +62,7 @@ class Model(nn.Module):
     @property
     def vae(self) -> nn.Module | None:
         """Of its latents; None if it models pixels."""
-        return self.frozen["vae"] if "vae" in self.frozen else None
+        return dict(self.frozen.items()).get("vae")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -241,7 +247,9 @@ def _prompts(pipe, file: str) -> tuple[str, ...]:
     """The lines of the file of prompts that are not empty. Raises NeonError if it is missing or not wanted."""
     wanted = kind_of(type(pipe).__name__).labels == "prompts"
     if wanted and not file:
-        raise NeonError(f"{type(pipe).__name__} makes images of texts: give a file with one on each line, --prompts FILE")
+        raise NeonError(
+            f"{type(pipe).__name__} makes images of texts: give a file with one on each line, --prompts FILE"
+        )
     if file and not wanted:
         raise NeonError(f"{type(pipe).__name__} takes no prompts")
     try:
@@ -264,8 +272,8 @@ def _silent(diffusers):
     """Inside, neither diffusers nor transformers shows bars or says what it would rather be given."""
     logs = [diffusers.utils.logging]
     if diffusers.utils.is_transformers_available():
-        import transformers
-
+        with extra("diffusers"):
+            import transformers
         logs.append(transformers.utils.logging)
     before = [log.get_verbosity() for log in logs]
     for log in logs:

@@ -112,7 +112,7 @@ def test_a_snapshot_loads_and_samples_alike(case):
     seeds = torch.tensor([3, 2**40 + 1, 5])
     labels = family.labels(loaded, seeds)
     of_others = family.labels(loaded, seeds[1:])
-    assert labels is of_others is None or labels.dtype == torch.int64 and torch.equal(labels[1:], of_others)
+    assert labels is of_others is None or (labels.dtype == torch.int64 and torch.equal(labels[1:], of_others))
     images = family.sample(loaded, seeds, labels, **case.sampling)
     assert images.dtype == torch.uint8 and images.shape == (3, *case.data.shape)
     again = family.sample(model, seeds[1:], of_others, **case.sampling)

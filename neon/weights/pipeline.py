@@ -22,7 +22,9 @@ def trained_component(folder: Path) -> str:
     if not found:
         raise NeonError(f"{folder}: its {INDEX} has no {' or '.join(TRAINED)} that could be trained")
     if len(found) > 1:
-        raise NeonError(f"{folder}: which is meant? give the folder of one: {' or '.join(f'{folder}/{n}' for n in found)}")
+        raise NeonError(
+            f"{folder}: which is meant? give the folder of one: {' or '.join(f'{folder}/{n}' for n in found)}"
+        )
     if not (folder / found[0]).is_dir():
         raise NeonError(f"{folder}: its component {found[0]} is missing")
     return found[0]

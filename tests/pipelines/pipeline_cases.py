@@ -101,8 +101,8 @@ def write_sd3(folder: Path, **options) -> Path:
     )  # fmt: skip
     words = tokenizer(folder / "words")
     diffusers.StableDiffusion3Pipeline(
-        shaken(net), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, **options), vae(shift_factor=0.1), text_encoder(True), words,
-        text_encoder(True), words, None, None,
+        shaken(net), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, **options), vae(shift_factor=0.1),
+        text_encoder(True), words, text_encoder(True), words, None, None,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 

@@ -161,7 +161,7 @@ def test_schedulers_without_a_known_loss_are_refused(folders):
 
     model = loaded(folders, "ddim")
     model.pipe.scheduler = diffusers.EDMEulerScheduler()
-    with pytest.raises(NeonError, match="EDMEulerScheduler with prediction_type epsilon: its training loss is not known"):
+    with pytest.raises(NeonError, match="EDMEulerScheduler with prediction_type epsilon: its training"):
         family.check(model, (1, 8, 8), None)
 
 
@@ -208,7 +208,7 @@ def test_a_snapshot_of_other_frozen_parts_is_refused(folders, tmp_path):
     other = shutil.copytree(folders / "dit", tmp_path / "dit")
     shaken(model.vae)
     model.vae.save_pretrained(other / "vae")
-    with pytest.raises(NeonError, match="not the pipeline that .* was trained in"):
+    with pytest.raises(NeonError, match=r"not the pipeline that .* was trained in"):
         family.load(tmp_path / "s.safetensors", device="cpu", pipeline=str(other))
 
 
@@ -229,7 +229,7 @@ def test_what_a_pipeline_costs_is_counted_without_weights(folders, name):
     steps = 5 if name == "sd" else 4  # PNDM visits its second time twice
     assert cost.sampling(family, folders / name, sampling).passes == pytest.approx(guided * steps)
     full, adapters = (cost.training(family, folders / name, family.recipes[r]).total for r in ("full", "lora4"))
-    assert 0 < adapters and 0 < full
+    assert adapters > 0 and full > 0
 
 
 # ---------------------------------------------------------------- adapters
@@ -248,7 +248,9 @@ def test_adapters_start_at_the_base_and_are_stored_as_a_whole_network(folders):
     base.network.load_state_dict(adapted.state_dict())
     assert (drawn(model, SEEDS).int() - drawn(base, SEEDS).int()).abs().max() <= 1
     changed = [key for key, t in adapted.state_dict().items() if not torch.equal(t, whole[key])]
-    assert changed and all(key.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for key in changed)
+    assert changed and all(
+        key.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for key in changed
+    )
 
 
 def test_only_adapters_get_gradients(folders):
@@ -342,9 +344,9 @@ def test_files_that_say_nothing_need_a_pipeline(folders, tmp_path):
     with pytest.raises(NeonError, match="does not say of which pipeline"):
         family.load(tmp_path / "x.safetensors", device="cpu")
     assert family.load(tmp_path / "x.safetensors", device="cpu", pipeline=str(folders / "ddim")).component == "unet"
-    with pytest.raises(NeonError, match="is not of this network|is missing|has shape"):
+    with pytest.raises(NeonError, match=r"is not of this network|is missing|has shape"):
         family.load(tmp_path / "x.safetensors", device="cpu", pipeline=str(folders / "dit"))
     record = json.loads(family.metadata(loaded(folders, "ddim"))["pipeline"]) | {"folder": "gone"}
     save_safetensors(tmp_path / "y.safetensors", state, {"pipeline": json.dumps(record)})
-    with pytest.raises(NeonError, match="gone: no model_index.json"):
+    with pytest.raises(NeonError, match=r"gone: no model_index\.json"):
         family.load(tmp_path / "y.safetensors", device="cpu")
