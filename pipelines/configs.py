@@ -11,7 +11,7 @@ NETWORKS = {
         "in_channels": 1,
         "out_channels": 1,
         "layers_per_block": 1,
-        "block_out_channels": [32, 64],
+        "block_out_channels": [16, 32],
         "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
         "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
         "norm_num_groups": 8,

@@ -1,6 +1,7 @@
 """The commands of docs/pipelines.md on tiny pipelines, from S to what is reported."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pipeline_cases import write_dit, write_pixels, write_prompts, write_sd
-from processes import error_of, files, neon
+from processes import ROOT, error_of, files, neon
 
 from mini.features import DigitsCNN, save_digits_cnn
 from neon.data import ImageSet
@@ -161,3 +162,25 @@ def test_errors_are_one_line(here):
     assert "is a pickle" in error_of(*generate, "pipe")
     assert "is a pickle" in error_of("inspect", "pipe")
     assert "no such file" in error_of(*generate, "nowhere")
+
+
+def test_the_page_of_docs(here):
+    """Its first commands as they are written there, on less of everything."""
+    write_pixels(here / "pipe", "DDIMPipeline", "DDIMScheduler")
+    run("generate --model pipe --seeds 100-139 --num_inference_steps 4 --out photos")
+    features = "--features digits:cnn.safetensors"
+    fewer = {"--num_inference_steps 50": "--num_inference_steps 2", "0-9999": "0-15", "100000-109999": "100-179"}
+    fewer |= {"snapshot-000200000": "snapshot-000000016"}
+    more = {"reference": features, "search": f"{features} --evaluations 4"}
+    more |= {"selftrain": "--batch 8 --budget 16 --snapshot 16 --lr 1e-3"}
+    (first, second, *_) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "pipelines.md").read_text(), re.DOTALL)
+    commands = [shlex.split(line)[1:] for line in (first + second).splitlines()]
+    assert [words[0] for words in commands] == ["reference", "generate", "selftrain", "search", "merge", "generate"]
+    for words in commands:
+        text = shlex.join(words)
+        for written, less in fewer.items():
+            text = text.replace(written, less)
+        neon(*shlex.split(f"{text} {more.get(words[0], '')}"))
+    assert json.loads(Path("search.best.json").read_text())
+    look, base = (ImageSet(name).images(range(16)) for name in ("look", "S"))
+    assert not torch.equal(look, base)
