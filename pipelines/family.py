@@ -1,6 +1,5 @@
 """Pipelines of diffusers as the method sees them (neon.family.Family)."""
 
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,14 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from neon import Diverged, NeonError
+from neon import NeonError
 from neon.family import check_images, option
-from neon.precision import autocast, decoder, network
-from neon.sampling import Streams, from_uint8, to_uint8
+from neon.precision import autocast
+from neon.sampling import from_uint8
 from pipelines import loss as losses
 from pipelines.configs import NETWORKS, PRESETS, RECIPES
 from pipelines.loss import Draws
-from pipelines.model import Model, decoding_in, described, new, noise_from, read
+from pipelines.model import Model, described, new, read
+from pipelines.sampler import sample as sample_pipeline
 
 name = "diffusers"
 networks, recipes, presets = NETWORKS, RECIPES, PRESETS
@@ -128,33 +128,9 @@ def labels(model: Model, seeds: torch.Tensor) -> torch.Tensor | None:
     return seeds % model.classes if model.classes else None
 
 
-@torch.no_grad()
 def sample(model: Model, seeds: torch.Tensor, labels: torch.Tensor | None, **sampling) -> torch.Tensor:
     """uint8 (N, C, H, W); sampling: fields of Sampling."""
-    device, options = _device(model), asdict(Sampling()) | sampling
-    labels = _labels(model, seeds, labels)
-    call = model.kind.call(labels, len(seeds), model.prompts) | _options(model, options)
-    generators = Streams(seeds, device).generators
-    finite: list[torch.Tensor] = []
-    watch = model.network.register_forward_hook(lambda _, inputs, output: finite.append(output[0].isfinite().all()))
-    before = _states(device)
-    try:
-        with (
-            noise_from(model.pipe.scheduler, generators),
-            decoding_in(model.vae, decoder(model.precision)),
-            autocast(device, network(model.precision)),
-        ):
-            images = model.pipe(**call, generator=generators, output_type="np").images
-    except ValueError as error:  # what a pipeline or scheduler says of impossible options
-        raise NeonError(f"{type(model.pipe).__name__}: {' '.join(str(error).split())}") from None
-    finally:
-        watch.remove()
-    if any(not torch.equal(a, b) for a, b in zip(before, _states(device))):
-        kind = type(model.pipe.scheduler).__name__
-        raise NeonError(f"{kind} draws noise for whole batches: image i would not be that of seed i; choose another")
-    if not torch.stack(finite).all():
-        raise Diverged(f"the network's output for {len(seeds)} images is not finite")
-    return to_uint8(torch.from_numpy(images).to(device).movedim(-1, 1) * 2 - 1, nearest=True)
+    return sample_pipeline(model, seeds, _labels(model, seeds, labels), asdict(Sampling()) | sampling)
 
 
 def _labels(model: Model, seeds: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
@@ -166,23 +142,6 @@ def _labels(model: Model, seeds: torch.Tensor, given: torch.Tensor | None) -> to
     if len(given) != len(seeds) or not 0 <= given.min() <= given.max() < model.classes:
         raise NeonError(f"{len(seeds)} seeds need as many labels in 0…{model.classes - 1}")
     return given
-
-
-def _options(model: Model, sampling: Mapping) -> dict[str, object]:
-    """What the pipeline's call takes of the sampling options. Raises NeonError for what would have no effect."""
-    if sampling["num_inference_steps"] < 1:
-        raise NeonError(f"num_inference_steps must be at least 1, not {sampling['num_inference_steps']}")
-    takes = inspect.signature(type(model.pipe).__call__).parameters
-    for field, none in (("guidance_scale", 1.0), ("eta", 0.0)):
-        if field not in takes and sampling[field] != none:
-            raise NeonError(f"{type(model.pipe).__name__} takes no {field}: leave it at {none:g}")
-    return {field: value for field, value in sampling.items() if field in takes}
-
-
-def _states(device: torch.device) -> list[torch.Tensor]:
-    """Of the global generators, which no image may depend on."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def check(model: Model, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:
@@ -215,7 +174,3 @@ def _latents(vae: nn.Module, images: torch.Tensor, noise: torch.Tensor) -> torch
         posterior = vae.encode(from_uint8(images)).latent_dist
     latents = posterior.mean + posterior.std * noise
     return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
-
-
-def _device(model: Model) -> torch.device:
-    return next(model.network.parameters()).device

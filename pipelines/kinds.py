@@ -60,10 +60,9 @@ def encoded(model: "Model", labels: torch.Tensor, dropped: torch.Tensor | None, 
     """What the pipeline's text encoders make of the prompts, in float32; a dropped one is the empty text."""
     gone = [False] * len(labels) if dropped is None else dropped.cpu().tolist()
     texts = ["" if out else model.prompts[i] for i, out in zip(labels.cpu().tolist(), gone)]
-    device = next(model.network.parameters()).device
-    with autocast(device, "float32"):
+    with autocast(model.device, "float32"):
         return model.pipe.encode_prompt(
-            texts, **more, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            texts, **more, device=model.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
 
 

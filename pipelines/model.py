@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import inspect
 import json
 import warnings
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from neon import NeonError, extra
 from neon.dropout import Dropout
 from neon.family import named
 from neon.files import existing, read_json, same_file
-from neon.precision import autocast
 from neon.weights.checkpoint import load_into, open_weights, values_sha256
 from neon.weights.pipeline import INDEX, is_pipeline, trained_component, weights_file
 from pipelines.configs import NETWORKS, SCHEDULER
@@ -51,6 +49,10 @@ class Model(nn.Module):
     @property
     def kind(self) -> Kind:
         return kind_of(type(self.pipe).__name__)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
 
     @property
     def classes(self) -> int:
@@ -286,48 +288,3 @@ def _silent(diffusers):
         for log, level in zip(logs, before):
             log.set_verbosity(level)
             log.enable_progress_bar()
-
-
-# ---------------------------------------------------------------- sampling
-
-
-@contextmanager
-def noise_from(scheduler, generators: list[torch.Generator]):
-    """Inside, noise that the scheduler adds at its steps comes from the images' own generators.
-
-    Some pipelines do not hand them on. Where guidance makes two rows of an image, each draws from its generator.
-    """
-    step = scheduler.step
-    takes = "generator" in inspect.signature(step).parameters
-
-    @wraps(step)
-    def drawn(output, *args, **options):
-        if takes:
-            options["generator"] = generators * (len(output) // len(generators))
-        return step(output, *args, **options)
-
-    scheduler.step = drawn
-    try:
-        yield
-    finally:
-        del scheduler.step
-
-
-@contextmanager
-def decoding_in(vae: nn.Module | None, precision: str):
-    """Inside, the VAE decodes under the autocast of that precision, whatever is around it."""
-    if vae is None:
-        yield
-        return
-    decode = vae.decode
-
-    @wraps(decode)
-    def inside(latents, *args, **options):
-        with autocast(latents.device, precision):
-            return decode(latents, *args, **options)
-
-    vae.decode = inside
-    try:
-        yield
-    finally:
-        del vae.decode
