@@ -41,7 +41,7 @@ RECIPES = {
     **{f"lora{r}": replace(FULL, lr=1e-4, network={**FULL.network, "lora_rank": r}) for r in (4, 16, 64)},
     "digits_base": Recipe(
         batch=64,
-        lr=2e-3,
+        lr=4e-3,
         budget=120_000,
         snapshot=120_000,
         ramp=6_400,

@@ -152,7 +152,7 @@ def check(model: Model, shape: tuple[int, ...], labels: torch.Tensor | None) -> 
 
 def draw(model: Model, n: int, generator: torch.Generator, *, drop: float = 0.0, **_) -> Draws:
     """Random numbers of a step. drop: probability that an image is trained without its class or prompt."""
-    return losses.draw(n, model.shape, generator, model.vae is not None, drop if model.kind.guided else 0.0)
+    return losses.draw(n, model.shape, generator, model.vae is not None, drop if model.kind.labels else 0.0)
 
 
 def loss(model: Model, images: torch.Tensor, labels: torch.Tensor | None, draws: Draws, **_) -> torch.Tensor:

@@ -29,10 +29,6 @@ class Kind:
     predict: Callable[["Model", torch.Tensor, torch.Tensor, Labels, torch.Tensor | None], torch.Tensor]
     labels: str = ""  # 'classes', 'prompts' or none
 
-    @property
-    def guided(self) -> bool:
-        return bool(self.labels)
-
 
 def _plain(model: "Model", x, t, labels, dropped) -> torch.Tensor:
     return model.network(x, t).sample

@@ -77,7 +77,7 @@ def _states(device: torch.device) -> list[torch.Tensor]:
 
 @contextmanager
 def noise_from(scheduler, generators: list[torch.Generator]):
-    """Inside, noise that the scheduler adds at its steps comes from the images' own generators.
+    """Inside, the scheduler computes in float32, and noise that it adds comes from the images' own generators.
 
     Some pipelines do not hand them on. Where guidance makes two rows of an image, each draws from its generator.
     """
@@ -88,7 +88,7 @@ def noise_from(scheduler, generators: list[torch.Generator]):
     def drawn(output, *args, **options):
         if takes:
             options["generator"] = generators * (len(output) // len(generators))
-        return step(output, *args, **options)
+        return step(output.float(), *args, **options)
 
     scheduler.step = drawn
     try:
@@ -108,7 +108,7 @@ def decoding_in(vae: nn.Module | None, precision: str):
     @wraps(decode)
     def inside(latents, *args, **options):
         with autocast(latents.device, precision):
-            return decode(latents, *args, **options)
+            return decode(latents.to(vae.dtype), *args, **options)
 
     vae.decode = inside
     try:

@@ -84,6 +84,15 @@ def test_images_are_those_of_diffusers(folders, name):
     assert torch.equal(found, torch.from_numpy((wanted * 255).round().astype(np.uint8)).movedim(-1, 0))
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_half_precision_is_near(folders, name):
+    """Of network and decoder, and of the network alone."""
+    exact = drawn(loaded(folders, name), SEEDS, **KINDS[name][1])
+    for precision in ("bfloat16", "bfloat16+float32"):
+        rough = drawn(loaded(folders, name, precision=precision), SEEDS, **KINDS[name][1])
+        assert 0 < (rough.int() - exact.int()).abs().float().mean() < 8
+
+
 def test_schedulers_that_draw_for_whole_batches_are_refused(folders):
     model = loaded(folders, "ddim")
     step = model.pipe.scheduler.step
