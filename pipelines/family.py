@@ -110,15 +110,18 @@ def weights(model: Model) -> nn.Module:
 
 
 def metadata(model: Model) -> dict[str, str]:
-    """'pipeline': classes and configs, and the folder of what is frozen. 'vae_sha256' is of all that decides an image
-    next to the weights: prompts and scheduler, too, so that rows of results tell them apart."""
+    """'pipeline': classes and configs, and the folder of what is frozen, if anything is.
+
+    'vae_sha256' is of all that decides an image next to the weights: prompts and scheduler, too, so that rows of
+    results tell them apart.
+    """
     record = {
         "class": type(model.pipe).__name__,
         "component": model.component,
         "network": described(model.network),
         "scheduler": described(model.pipe.scheduler),
     }
-    if model.folder:
+    if model.frozen:
         record |= {"folder": str(model.folder), "frozen_sha256": model.frozen_sha256}
     return {"pipeline": json.dumps(record), "vae_sha256": model.around_sha256}
 

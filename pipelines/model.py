@@ -35,13 +35,8 @@ class Model(nn.Module):
         self.network = getattr(pipe, component)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         self.frozen = nn.ModuleDict({name: part for name, part in parts.items() if name != component})
-        self.pipe, self.component, self.folder, self.precision, self.prompts = (
-            pipe,
-            component,
-            folder,
-            precision,
-            prompts,
-        )
+        self.pipe, self.component, self.folder = pipe, component, folder
+        self.precision, self.prompts = precision, prompts
         self.adapted: Adapted | None = None
         _own_masks(self.network)
         self.eval().requires_grad_(False)
@@ -161,7 +156,7 @@ def _place(path: Path, pipeline: str) -> tuple[Path | None, str, Mapping]:
     if not pipeline and is_pipeline(component.parent) and component.name in read_json(component.parent / INDEX):
         return component.parent, component.name, {}
     with open_weights(path) as weights:
-        record = json.loads(weights.metadata.get("pipeline", "{}"))
+        record = _record(weights.metadata, path)
     folder = Path(pipeline or record.get("folder", ""))
     if pipeline or record.get("folder"):
         if not is_pipeline(folder):
@@ -172,6 +167,18 @@ def _place(path: Path, pipeline: str) -> tuple[Path | None, str, Mapping]:
     return None, record["component"], record
 
 
+def _record(metadata: Mapping[str, str], path: Path) -> Mapping:
+    """What the header of a file of ours says of its pipeline; nothing, of another file. Raises NeonError."""
+    try:
+        record = json.loads(metadata.get("pipeline", "{}"))
+        if record:
+            kind_of(record["class"])
+            _ = *record["network"], *record["scheduler"], record["component"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise NeonError(f"{path}: its record of a pipeline is damaged ({error})") from None
+    return record
+
+
 def _same_weights(path: Path, component: Path) -> bool:
     """Are the weights of `path` those that the pipeline has read already?"""
     return same_file(weights_file(path), weights_file(component))
@@ -179,14 +186,16 @@ def _same_weights(path: Path, component: Path) -> bool:
 
 def _recorded(record: Mapping, precision: str, hollow: bool = False) -> Model:
     """A pipeline without frozen parts, from the classes and configs of its network and scheduler."""
-    kind_of(record["class"])
     diffusers = _diffusers()
     try:
         (network, options), (scheduler, settings) = record["network"], record["scheduler"]
+        kinds = getattr(diffusers, network), getattr(diffusers, scheduler)
+        if not all(map(issubclass, kinds, (diffusers.ModelMixin, diffusers.SchedulerMixin))):
+            raise ValueError(f"{network} with {scheduler}")
         with torch.device("meta" if hollow else "cpu"), _silent(diffusers):
-            unet = getattr(diffusers, network)(**options)
-        pipe = getattr(diffusers, record["class"])(unet, getattr(diffusers, scheduler)(**settings))
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
+            unet = kinds[0](**options)
+        pipe = getattr(diffusers, record["class"])(unet, kinds[1](**settings))
+    except (AttributeError, TypeError, ValueError) as error:
         raise NeonError(f"a pipeline that diffusers cannot build ({error})") from None
     return Model(_quiet(pipe, "unet", hollow), "unet", None, precision)
 

@@ -359,3 +359,24 @@ def test_files_that_say_nothing_need_a_pipeline(folders, tmp_path):
     save_safetensors(tmp_path / "y.safetensors", state, {"pipeline": json.dumps(record)})
     with pytest.raises(NeonError, match=r"gone: no model_index\.json"):
         family.load(tmp_path / "y.safetensors", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class": "AuraFlowPipeline"}, "unknown class of pipelines"),
+        ({"network": ["logging", {}]}, "cannot build"),
+        ({"network": ["UNet2DModel", {"depth": 3}]}, "cannot build"),
+        ({"network": ["UNet2DModel", {"in_channels": 3}]}, "has shape|is missing|is not of this network"),
+        ({"scheduler": 3}, "its record of a pipeline is damaged"),
+        ({"component": None}, None),
+    ],
+)
+def test_damaged_records_are_refused(folders, tmp_path, change, message):
+    model = loaded(folders, "ddim")
+    record = json.loads(family.metadata(model)["pipeline"])
+    assert "folder" not in record  # nothing is frozen: the file needs no folder
+    text = json.dumps(record | change) if message else "{"
+    save_safetensors(tmp_path / "x.safetensors", model.network.state_dict(), {"pipeline": text})
+    with pytest.raises(NeonError, match=message or "its record of a pipeline is damaged"):
+        family.load(tmp_path / "x.safetensors", device="cpu")
