@@ -64,13 +64,13 @@ def test_the_recipe_on_a_pipeline_of_pixels(here):
 
     old, new = load_weights(base), load_weights(SNAPSHOT)
     for w in ("0", "1.5"):
-        neon("merge", "--base", "pipe", "--selftrained", SNAPSHOT, "-w", w, "--out", f"neon-{w}.safetensors")
-        merged = load_weights(f"neon-{w}.safetensors")
+        neon("merge", "--base", "pipe", "--selftrained", SNAPSHOT, "-w", w, "--out", f"neon-{w}")
+        merged = load_weights(f"neon-{w}")
         assert all(torch.equal(t, merge_tensor(old[name], new[name], float(w))) for name, t in merged.items())
-        run(f"generate --model neon-{w}.safetensors --pipeline pipe --seeds 0-15 --out S-{w} {sampling}")
+        run(f"generate --model neon-{w} --seeds 0-15 --out S-{w} {sampling}")
     s, zero, more = (ImageSet(name).images(range(16)) for name in ("S", "S-0", "S-1.5"))
     assert torch.equal(s, zero) and not torch.equal(s, more)  # w = 0: bit for bit
-    assert all(torch.equal(t, old[name]) for name, t in load_weights("neon-0.safetensors").items())
+    assert all(torch.equal(t, old[name]) for name, t in load_weights("neon-0").items())
 
     candidates = Candidates(family, "pipe", "cpu")
     candidates.load(SNAPSHOT, 1.5)
@@ -166,6 +166,8 @@ def test_errors_are_one_line(here):
 
 def test_the_page_of_docs(here):
     """Its first commands as they are written there, on less of everything."""
+    from diffusers import DiffusionPipeline
+
     write_pixels(here / "pipe", "DDIMPipeline", "DDIMScheduler")
     run("generate --model pipe --seeds 100-139 --num_inference_steps 4 --out photos")
     features = "--features digits:cnn.safetensors"
@@ -182,5 +184,6 @@ def test_the_page_of_docs(here):
             text = text.replace(written, less)
         neon(*shlex.split(f"{text} {more.get(words[0], '')}"))
     assert json.loads(Path("search.best.json").read_text())
+    assert DiffusionPipeline.from_pretrained("neon").unet.config.sample_size == 8
     look, base = (ImageSet(name).images(range(16)) for name in ("look", "S"))
     assert not torch.equal(look, base)
