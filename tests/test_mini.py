@@ -17,10 +17,10 @@ from processes import BIN, ROOT
 
 from mini.plan import plan, titles
 from mini.run import choose, share
-from mini.settings import ABLATIONS, BASES, CHAINS
+from mini.settings import ABLATIONS, BASES, CHAINS, COMPARED
 from neon import NeonError
 
-PIPELINES = ("mini", "mini/ablations")
+PIPELINES = ("mini", "mini/ablations", "mini/methods")
 
 
 def words(stage: str, chain: str, setting: str, seed: int = 0) -> dict[str, str]:
@@ -37,7 +37,7 @@ def test_what_runs_for_a_setting_and_seed():
     trained = words("selftrain", "demo", "euler10")
     assert trained["data"] == made["out"] and trained["seed"] == "0" and "budget" not in trained
     searched = words("search", "demo", "euler10")
-    assert searched["selftrained"] == trained["out"] and searched["w"] == "-1,-0.5,0,0.5,1,1.5,2,3"
+    assert searched["selftrained"] == trained["out"] and (searched["method"], searched["w"]) == ("surface", "0:3")
     assert words("final", "demo", "euler10")["search"] == searched["out"]
 
 
@@ -63,7 +63,8 @@ def test_neon_knows_every_command():
     jobs = plan()
     for job in itertools.chain(*jobs.values()):
         parse(job.command[1:], "neon")
-    assert len(jobs) == 6 + 7 * 4 + 2 + 1 + 2 + 3 * 3  # bases, chains, sizes, and of the ablations
+    ablations, methods = 1 + 2 + 3 * 3, 5 + 6 * 4 + 12 * 2
+    assert len(jobs) == 6 + 7 * 4 + 2 + ablations + methods  # bases, chains, sizes, …
 
 
 def test_settings_have_one_title_and_chains_a_base_of_their_seeds():
@@ -265,12 +266,22 @@ def stale(copy: Path) -> set[str]:
 
 CHANGES = {
     "# few first-order": ("# Few first-order", []),
-    "w=(-1, -0.5, 0, 0.5,": ("w=(-1, 0, 0.5,", ["search@demo", "search@more"]),
-    'euler", "num_steps": 4},': ('euler", "num_steps": 5},', ["generate@flow", "search@flow", "final@flow"]),
-    'synthetic={"cfg": 2}': ('synthetic={"cfg": 3}', ["generate@xar"]),
+    "w=(-1, -0.5, 0, 0.5,": ("w=(-1, 0, 0.5,", ["grid@demo", "grid@fresh-demo"]),
+    "training=SHORT,\n    w=(-1, 0, 0.5, 1, 2),\n)\nFM4": (
+        "training=SHORT,\n    w=(-1, 0, 0.5, 1, 3),\n)\nFM4",
+        ["search@paper", "search@more", "fresh-paper", "grid@paper", "grid@fresh-paper"],
+    ),
+    'euler", "num_steps": 4},': (
+        'euler", "num_steps": 5},',
+        ["generate@flow", "search@flow", "final@flow", "fresh@flow", "grid@flow", "grid@fresh-flow"],
+    ),
+    'synthetic={"cfg": 2}': ('synthetic={"cfg": 3}', ["generate@xar", "fresh@xar"]),
     "temperature 0.6 (": ("temperature 0.6, (", ["report-demo", "report-mini"]),
     "parts=(100, 500)": ("parts=(100, 400)", ["sizes"]),
-    '"num_steps": 1}': ('"num_steps": 3}', ["search@imm", "final@imm"]),
+    '"num_steps": 1}': (
+        '"num_steps": 3}',
+        ["search@imm", "final@imm", "fresh@imm", "grid@imm", "grid@fresh-imm"],
+    ),
     "TRAIN = 1200": ("TRAIN = 1100", ["data"]),
     "range(5), {": ("range(6), {", ["base@var"]),
     '"var/tau06"': ('"var/tau0"', ["cross-selftrain"]),
@@ -297,12 +308,13 @@ def at(stages: str, *names: str) -> set[str]:
     return {f"{stage}@{name}" for stage in stages.split() for name in names}
 
 
+FRESH = at("fresh", "demo", "flow", "var", "xar", "imm")
 CODE = {
-    "flow/sampler.py": at("base generate search final", "flow"),
-    "imm/latents.py": at("base generate selftrain search final", "imm") | {"sizes"},
-    "VAR/configs.py": at("base selftrain", "var") | {"tokenizer", "guidance-selftrain"},
-    "neon/merge.py": at("search final", *CHAINS.keys() - {"sizes"}) | at("rows", *ABLATIONS) | {"sizes"},
-    "neon/final.py": at("final", *CHAINS.keys() - {"sizes"}) | at("rows", *ABLATIONS),
+    "flow/sampler.py": at("base generate search final fresh", "flow"),
+    "imm/latents.py": at("base generate selftrain search final fresh", "imm") | {"sizes"},
+    "VAR/configs.py": at("base selftrain fresh", "var") | {"tokenizer", "guidance-selftrain"},
+    "neon/merge.py": at("search final", *CHAINS.keys() - {"sizes"}) | at("rows", *ABLATIONS) | {"sizes"} | FRESH,
+    "neon/final.py": at("final", *CHAINS.keys() - {"sizes"}) | at("rows", *ABLATIONS) | FRESH | at("grid", *COMPARED),
     "mini/run.py": set(),
     "neon/cli/commands.py": set(),
 }
@@ -334,12 +346,12 @@ def test_what_is_out_of_date_is_found_without_the_runs(reproduced):
         with edited(reproduced / file):
             found[file] = [out_of_date(reproduced, folder) for folder in PIPELINES]
     (reproduced / "elsewhere").rename(reproduced / "mini/runs")
-    assert none == [[], []] and found["mini/plan.py"] == [["plan: plan.py"], []]
+    assert none == [[], [], []] and found["mini/plan.py"] == [["plan: plan.py"], [], []]
     assert "search@demo: ../neon/merge.py" in found["neon/merge.py"][0]
     assert "rows@cross: ../../neon/merge.py" in found["neon/merge.py"][1]
 
 
 @pytest.mark.parametrize("folder", PIPELINES)
 def test_the_lock_is_of_this_code(folder):
-    found, target = out_of_date(ROOT, folder), {"mini": "demo mini"}.get(folder, "mini-ablations")
+    found, target = out_of_date(ROOT, folder), {"mini": "demo mini"}.get(folder, folder.replace("/", "-"))
     assert not found, f"run `make {target}` and commit {folder}/dvc.lock; it is older than\n" + "\n".join(found)
