@@ -2,12 +2,9 @@
 
 import copy
 import importlib
-import os
 
 import pytest
 import torch
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported: no test asks a server
 
 
 def library(name):
