@@ -139,6 +139,8 @@ def _search(rows: pd.DataFrame, curves: pd.DataFrame | None) -> Search:
         return Search(rows, rows)
     budgets = curves.groupby("seed")["budget"].first().to_dict()
     fids = curves.assign(budget=curves["budget"].mode()[0]).rename(columns={"fid_se": "predicted_se"})
+    seeds = fids.groupby(["w", "cfg"], dropna=False)["fid"].transform("count")
+    fids["fid"] = fids["fid"].where(seeds == len(budgets))  # means over fewer seeds do not compare
     return Search(_with_base(fids), rows, budgets)
 
 
