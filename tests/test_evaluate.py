@@ -90,6 +90,7 @@ def test_any_number_of_processes(mini, base_row, tmp_path, processes):
     assert done.stdout.count("FID") == 1
 
 
+@pytest.mark.slow
 def test_two_nodes(mini, base_row, tmp_path):
     done = torchrun(1, "-m", "neon.cli", *evaluate(mini, tmp_path / "row.json"), nodes=2)
     same(numbers(tmp_path / "row.json"), base_row)

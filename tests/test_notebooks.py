@@ -75,6 +75,7 @@ def test_the_quickstart_says_what_to_run(tmp_path):
     assert figures == 0 and "make demo" in text
 
 
+@pytest.mark.slow
 def test_the_toy_makes_its_folder(tmp_path):
     small = {"seeds": 3, "ar_seeds": 5, "epochs": 20, "fine_tunes": [2, 4], "gradient_samples": 100}
     _, figures = execute("toy_gaussian", None, tmp_path / "out.ipynb", out=str(tmp_path / "new"), **small)

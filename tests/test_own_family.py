@@ -82,7 +82,7 @@ def test_an_entry_point_is_found(least, monkeypatch):
     Path("an_installed_module.py").write_text(LEAST)
     sys.path.append(str(least))
     assert get_family("grey").name == "grey"
-    with pytest.raises(NeonError, match="know edm, flow, var, xar, imm, grey; your own"):
+    with pytest.raises(NeonError, match="know edm, flow, var, xar, imm, diffusers, grey; your own"):
         get_family("gray")
 
 
@@ -138,7 +138,7 @@ def test_modules_next_to_the_file_can_be_imported(least):
         (
             "gan",
             None,
-            "unknown family 'gan' (know edm, flow, var, xar, imm; your own: path/to/file.py or package.module)",
+            "unknown family 'gan' (know edm, flow, var, xar, imm, diffusers; your own: path/to/file.py or package.module)",
         ),
     ],
 )

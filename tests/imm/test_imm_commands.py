@@ -63,6 +63,7 @@ def tiny_version(command: str) -> str:
     return command.replace(RELEASED, "digits.safetensors").replace(REF, "small.npz")
 
 
+@pytest.mark.slow
 def test_same_fid_for_one_and_two_processes_and_batch_sizes(checkout):
     command = tiny_version(COMMAND)
     one, two = fid(command, checkout, 1, 50, 50, SMALL), fid(command, checkout, 2, 50, 7, SMALL)

@@ -59,6 +59,7 @@ def test_the_readme_has_both_commands():
     assert sorted(COMMANDS) == [256, 512]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [256, pytest.param(512, marks=pytest.mark.slow)])
 def test_same_fid_for_one_and_two_processes_and_batch_sizes(checkout, side):
     command = tiny_version(COMMANDS[side], side)
