@@ -138,7 +138,7 @@ def test_modules_next_to_the_file_can_be_imported(least):
         (
             "gan",
             None,
-            "unknown family 'gan' (know edm, flow, var, xar, imm, diffusers; your own: path/to/file.py or package.module)",
+            "unknown family 'gan' (know edm, flow, var, xar, imm, diffusers; your own: path/to/file.py",
         ),
     ],
 )
