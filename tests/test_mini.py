@@ -132,7 +132,8 @@ CHAINS = {
         metrics="fid",
     )
 }
-ABLATIONS = {}
+ABLATIONS = METHODS = {}
+ALL = CHAINS
 """
 
 
@@ -163,12 +164,14 @@ def test_a_chain_from_base_to_reported_rows(tiny):
         assert ran.returncode == 0, ran.stderr[-2000:]
     runs = tiny / "mini/runs"
     assert [path.name for path in (runs / "S/demo").iterdir()] == ["euler10"]
-    rows = {str(path.relative_to(runs / "rows/demo")): path for path in runs.glob("rows/demo/*/*/*")}
+    rows = {str(path.relative_to(runs / "rows/demo")): path for path in runs.glob("rows/demo/*/*/*.jsonl")}
     assert set(rows) == {f"{s}/{n}/{i}.jsonl" for s in ("search", "final") for n in ("euler10", "real") for i in (0, 1)}
     roles = [json.loads(line)["role"] for line in rows["final/real/1.jsonl"].read_text().splitlines()]
     assert roles == ["base", "selftrained", "neon"]
     searched = [json.loads(line) for line in rows["search/euler10/0.jsonl"].read_text().splitlines()]
-    assert [row["w"] for row in searched] == [-1, 0, 1, -1, 1]  # of two snapshots; w = 0 once
+    assert [(row["w"], row["n"]) for row in searched][:2] == [(0, 64), (0.5, 64)]  # by surface, from 0 to 1
+    real = [json.loads(line)["w"] for line in rows["search/real/0.jsonl"].read_text().splitlines()]
+    assert real == [-1, 0, 1, -1, 1]  # by grid, of two snapshots; w = 0 once
 
 
 def stages(folder: str, root: Path = ROOT) -> list:
