@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from mini.plan import Run, runs
-from mini.settings import ALL, COMPARED
+from mini.plan import Run, runs, titles
+from mini.settings import ALL, CHAINS, COMPARED
 from neon.cli import command_line
 from neon.cli.found import chosen_row
 from neon.files import read_json
@@ -61,7 +61,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         within = [int((rows["regret"] <= k * rows["se"]).sum()) for k in (1, 3)]
         lines.append(
             {
-                "setting": setting,
+                "setting": titles(CHAINS)[setting],
                 "seeds": len(rows),
                 "evaluations": f"{rows['evaluations'].min()}–{rows['evaluations'].max()}",
                 "of the grid": f"{rows['evaluations_grid'].max()}",
