@@ -113,3 +113,12 @@ def with_adapter(model, targets, rank=2, seed=3, **options):
 
 def class_in(path, name):
     return getattr(importlib.import_module(path), name)
+
+
+def language_models(path):
+    """A small language model with tied weights as path/base, and the same moved a little as path/new."""
+    torch.manual_seed(0)
+    model = gpt2()
+    model.save_pretrained(path / "base")
+    moved(model).save_pretrained(path / "new")
+    return path

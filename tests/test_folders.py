@@ -32,12 +32,7 @@ def pipeline(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def language(tmp_path_factory):
     """The same for a language model with tied weights."""
-    path = tmp_path_factory.mktemp("gpt2")
-    torch.manual_seed(0)
-    model = folders.gpt2()
-    model.save_pretrained(path / "base")
-    moved(model).save_pretrained(path / "new")
-    return path
+    return folders.language_models(tmp_path_factory.mktemp("gpt2"))
 
 
 def merge(*words):

@@ -26,11 +26,7 @@ W = 1.5
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A small language model as base, new, and ours."""
-    path = tmp_path_factory.mktemp("peers")
-    torch.manual_seed(0)
-    model = folders.gpt2()
-    model.save_pretrained(path / "base")
-    moved(model).save_pretrained(path / "new")
+    path = folders.language_models(tmp_path_factory.mktemp("peers"))
     words = ("--base", path / "base", "--selftrained", path / "new", "-w", W, "--out", path / "ours")
     main(["merge", *map(str, words)])
     return path
