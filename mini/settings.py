@@ -79,6 +79,7 @@ BASES = {
     "var": Base("var", range(5), {"vae_ckpt": "runs/vqvae.safetensors"}),
     "xar": Base("xar", range(5)),
     "imm": Base("imm", range(5)),
+    "diffusers": Base("diffusers", range(5)),
     "edm-fresh": Base("edm", FRESH),
     "flow-fresh": Base("flow", FRESH),
     "var-fresh": Base("var", FRESH, {"vae_ckpt": "runs/vqvae.safetensors"}),
@@ -173,6 +174,18 @@ SIZES = Setting(
     w=(0, 1, 2, 4),
     method="grid",  # of all snapshots
 )
+DDIM10 = Setting(
+    title="diffusers pipeline, 10 DDIM steps",
+    sampling={"num_inference_steps": 10},
+    w=(-1, 0, 0.5, 1, 1.5, 2, 3),
+)
+LORA = Setting(
+    title="diffusers pipeline, adapters of rank 4",  # on the S of ddim10
+    sampling=DDIM10.sampling,
+    training={"recipe": "digits_lora"},
+    S="diffusers/ddim10",
+    w=DDIM10.w,
+)
 
 # `make mini`; tables and figures show the settings in this order. The demo is the first chain alone.
 CHAINS = {
@@ -188,6 +201,7 @@ CHAINS = {
         images=Images("10000-10999", "20000-20499", "30000-30999"),
     ),
     "imm": Chain(base="imm", seeds=range(5), settings={"imm8": IMM8, "imm4": IMM4, "imm2": IMM2, "imm1": IMM1}),
+    "diffusers": Chain(base="diffusers", seeds=range(5), settings={"ddim10": DDIM10, "lora": LORA}),
     "sizes": Chain(
         base="imm",
         seeds=range(3),

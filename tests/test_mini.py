@@ -72,13 +72,13 @@ def test_settings_have_one_title_and_chains_a_base_of_their_seeds():
         for chain in chains.values():
             assert set(chain.seeds) <= set(BASES[chain.base].seeds)
             assert all(titles(chains)[name] == setting.title for name, setting in chain.settings.items())
-    assert list(titles(CHAINS))[:3] == ["euler10", "heun8", "real"] and len(set(titles(CHAINS).values())) == 12
+    assert list(titles(CHAINS))[:3] == ["euler10", "heun8", "real"] and len(set(titles(CHAINS).values())) == 14
 
 
 @pytest.mark.parametrize(
     ("words", "known"),
     [
-        (("generate", "sizes"), "demo more paper flow var xar imm part guidance"),
+        (("generate", "sizes"), "demo more paper flow var xar imm diffusers part guidance"),
         (("search", "demo", "imm8"), "euler10 heun8 real"),
         (("final", "more", "real", 0), "3 4"),
     ],
