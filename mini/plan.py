@@ -183,7 +183,9 @@ def runs(name: str, chain: Chain) -> list[Run]:
 def plan() -> dict[tuple[str, str], list[Job]]:
     """The jobs of each stage of each chain, such as ("generate", "demo"), and ("base", of BASES)."""
     jobs = {
-        ("base", name): [Job("", seed, train(base, seed, f"runs/base/{name}/{seed}")) for seed in base.seeds]
+        ("base", name): [
+            Job("", seed, train(base, seed, f"runs/base/{name}/{seed}", **older(base))) for seed in base.seeds
+        ]
         for name, base in BASES.items()
     }
     for name, chain in ALL.items():
@@ -192,6 +194,11 @@ def plan() -> dict[tuple[str, str], list[Job]]:
             if made:
                 jobs[stage, name] = made
     return jobs
+
+
+def older(base: Base) -> dict[str, int]:
+    """The option that also keeps earlier snapshots."""
+    return {"snapshot": base.older} if base.older else {}
 
 
 def titles(chains: Mapping[str, Chain]) -> dict[str, str]:

@@ -23,6 +23,7 @@ class Base:
     family: str
     seeds: range
     options: Options = field(default_factory=dict)  # more options of `neon train`
+    older: int = 0  # every so many images a snapshot is kept: an earlier θ_r, for the controls and rivals
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class Chain:
 FRESH = range(103, 105)
 
 BASES = {
-    "edm": Base("edm", range(3)),
-    "edm-more": Base("edm", range(3, 5)),
-    "flow": Base("flow", range(5)),
-    "var": Base("var", range(5), {"vae_ckpt": "runs/vqvae.safetensors"}),
-    "xar": Base("xar", range(5)),
-    "imm": Base("imm", range(5)),
+    "edm": Base("edm", range(3), older=25600),
+    "edm-more": Base("edm", range(3, 5), older=25600),
+    "flow": Base("flow", range(5), older=30000),
+    "var": Base("var", range(5), {"vae_ckpt": "runs/vqvae.safetensors"}, older=9600),
+    "xar": Base("xar", range(5), older=12800),
+    "imm": Base("imm", range(5), older=24000),
     "diffusers": Base("diffusers", range(5)),
     "edm-fresh": Base("edm", FRESH),
     "flow-fresh": Base("flow", FRESH),
