@@ -1,4 +1,7 @@
-"""A classifier of 8×8 digits whose features the mini scale measures with, trained on the training images alone."""
+"""A classifier of 8×8 digits whose features the mini scale measures with, trained on the training images alone.
+
+The second features, which check the first ones, are trained on the held-out images, narrower and with another seed.
+"""
 
 import argparse
 import os
@@ -105,13 +108,17 @@ def digits(path: str | os.PathLike | None, device: torch.device | str = "cpu") -
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and heldout/")
+    parser.add_argument("--on", choices=["train", "heldout"], default="train", help="which of them to train on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dim", type=int, default=64, help="of the features")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)  # sums in one order
-    train, heldout = (ImageSet(args.data / name) for name in ("train", "heldout"))
-    rgb = {s: s.images(range(len(s))).expand(-1, 3, -1, -1) for s in (train, heldout)}
-    model = train_digits_cnn(rgb[train], train.labels)
+    other = {"train": "heldout", "heldout": "train"}[args.on]
+    sets = {name: ImageSet(args.data / name) for name in (args.on, other)}
+    pixels = {name: images.images(range(len(images))).expand(-1, 3, -1, -1) for name, images in sets.items()}
+    model = train_digits_cnn(pixels[args.on], sets[args.on].labels, seed=args.seed, dim=args.dim)
     with torch.no_grad():
-        accuracy = (model(rgb[heldout]).logits.argmax(1) == heldout.labels).float().mean().item()
+        accuracy = (model(pixels[other]).logits.argmax(1) == sets[other].labels).float().mean().item()
     save_digits_cnn(model, args.out)
-    print(f"accuracy on {len(heldout)} held-out digits: {accuracy:.1%}")
+    print(f"trained on {args.on}; accuracy on the {len(sets[other])} digits of {other}: {accuracy:.1%}")

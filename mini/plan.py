@@ -14,7 +14,20 @@ from typing import NamedTuple
 
 import yaml
 
-from mini.settings import ABLATIONS, ALL, BASES, BATCH, CHAINS, Base, Chain, Setting
+from mini.settings import (
+    ABLATIONS,
+    ALL,
+    BASES,
+    BATCH,
+    CHAINS,
+    CONTROLS,
+    GMO,
+    REAL_DIGITS,
+    RIVALS,
+    Base,
+    Chain,
+    Setting,
+)
 from neon.files import atomic
 from neon.sampling import parse_seeds
 
@@ -29,11 +42,18 @@ class Job(NamedTuple):
 
 def neon(command: str, **options: object) -> list[str]:
     """The words of `neon COMMAND --name value …`."""
-    return ["neon", command, *(word for name, value in options.items() for word in flag(name, value))]
+    return words(f"neon {command}", **options)
+
+
+def words(command: str, **options: object) -> list[str]:
+    return [*command.split(), *(word for name, value in options.items() for word in flag(name, value))]
 
 
 def flag(name: str, value: object) -> list[str]:
-    """(0, 1.5) becomes --name 0,1.5; ["a", "b"] becomes --name a b; {"cfg": (0, 1.5)} becomes --name cfg=0,1.5."""
+    """(0, 1.5) becomes --name 0,1.5; ["a", "b"] becomes --name a b; {"cfg": (0, 1.5)} becomes --name cfg=0,1.5; True
+    becomes --name."""
+    if value is True:
+        return [f"--{name}"]
     if isinstance(value, dict):
         return [word for key, values in value.items() for word in flag(name, f"{key}={commas(values)}")]
     if isinstance(value, list):
@@ -85,22 +105,26 @@ class Run:
 
     def data(self) -> str:
         """What the fine-tune reads."""
-        if self.setting.real:
-            return "runs/data/train"
         other = self.setting.S or self.setting.of
-        return self.others("S", other) if other else self.path("S")
+        return self.setting.data or (self.others("S", other) if other else self.path("S"))
 
     def others(self, kind: str, place: str) -> str:
         """The same of CHAIN/SETTING."""
+        return self.of(place).path(kind)
+
+    def of(self, place: str) -> "Run":
+        """The same seed of CHAIN/SETTING."""
         chain, _, setting = place.partition("/")
-        return f"{ALL[chain].folder.format(chain=chain, kind=kind)}/{setting}/{self.seed}"
+        return Run(chain, ALL[chain], setting, ALL[chain].settings[setting], self.seed)
 
     def fine_tunes(self) -> list[str]:
         """What the search reads: folders with snapshots, or one snapshot."""
-        other = self.setting.of
-        whole = self.others("selftrain", other) if other else self.path("selftrain")
+        if self.setting.older:
+            return [snapshot(self.model(), self.setting.older)]
+        shared = self.setting.of and not self.setting.random
+        whole = self.others("selftrain", self.setting.of) if shared else self.path("selftrain")
         if self.setting.snapshot:
-            whole += f"/snapshot-{self.setting.snapshot:09d}.safetensors"
+            whole = snapshot(whole, self.setting.snapshot)
         return [*(self.path("selftrain", size) for size in self.setting.parts), whole]
 
     def base(self) -> Iterator[list[str]]:
@@ -109,7 +133,8 @@ class Run:
             yield train(base, self.seed, self.path("base"), **self.chain.options, max_images=self.setting.digits)
 
     def generate(self) -> Iterator[list[str]]:
-        if not (self.setting.real or self.setting.S or self.setting.of):
+        one = self.setting
+        if not (one.data or one.S or one.of or one.older):
             yield neon(
                 "generate",
                 **self.shared(),
@@ -124,7 +149,11 @@ class Run:
     def selftrain(self) -> Iterator[list[str]]:
         for size in self.setting.parts:
             yield self.fine_tune(self.path("selftrain", size), max_images=size)
-        if not self.setting.of:
+        if self.setting.random:
+            yield self.random_direction()
+        elif self.setting.ddo:
+            yield self.ddo()
+        elif not (self.setting.of or self.setting.older):
             yield self.fine_tune(self.path("selftrain"))
 
     def fine_tune(self, out: str, **options: object) -> list[str]:
@@ -139,32 +168,53 @@ class Run:
             out=out,
         )
 
+    def random_direction(self) -> list[str]:
+        (out,) = self.fine_tunes()
+        true = snapshot(self.others("selftrain", self.setting.of), self.setting.snapshot)
+        return neon("control", base=self.model(), selftrained=true, seed=self.seed, out=out)
+
+    def ddo(self) -> list[str]:
+        made = {"real": REAL_DIGITS, "fake": self.data(), "seed": self.seed, "out": self.path("selftrain")}
+        return words("python -m mini.ddo", **self.shared(), base=self.model(), **made)
+
     def search(self) -> Iterator[list[str]]:
         w, grid, seeds = self.setting.w, self.setting.grid, self.chain.images.search
         where = {"method": self.setting.method, "w": w, "grid": grid}
         if self.setting.method == "surface":  # `first`: as many images for every seed, so that means compare
             ranges = {name: f"{values[0]}:{values[-1]}" for name, values in grid.items()}
             where |= {"w": f"0:{w[-1]}", "grid": ranges, "first": len(parse_seeds(seeds))}
-        yield self.measured("search", seeds, "train", selftrained=self.fine_tunes(), **where)
+        out, tunes = self.rows("search"), self.fine_tunes()
+        yield self.measured("search", out, seeds, "train", self.setting.second, selftrained=tunes, **where)
 
     def final(self) -> Iterator[list[str]]:
         if self.chain.images.final:
-            yield self.measured("final", self.chain.images.final, "heldout", search=self.rows("search"))
+            yield self.final_of(self.rows("search"), self.rows("final"), self.setting.second)
+        if self.setting.second:  # chosen with one, judged with the other
+            first = self.of(self.setting.of).rows("search")
+            yield self.final_of(first, self.rows("final-second"), True, other_features=True)
+            yield self.final_of(self.rows("search"), self.rows("final-first"), False, other_features=True)
 
-    def measured(self, command: str, seeds: str, against: str, **points: object) -> list[str]:
-        """`neon search` or `neon final` at some points; against: the digits to measure against, train or heldout."""
+    def final_of(self, search: str, out: str, second: bool, **options: object) -> list[str]:
+        return self.measured("final", out, self.chain.images.final, "heldout", second, search=search, **options)
+
+    def measured(self, command: str, out: str, seeds: str, against: str, second: bool, **points: object) -> list[str]:
+        """`neon search` or `neon final` at some points; against: the digits to measure against, train or heldout.
+
+        second: with the second features, not the first.
+        """
         return neon(
             command,
             **self.shared(),
             base=self.model(),
+            **({"by": self.setting.by} if self.setting.by != "merge" else {}),
             **points,
             **self.setting.sampling,
             seeds=seeds,
             batch_size=BATCH,
-            ref=f"runs/ref/{against}.npz",
-            features="digits:runs/features.safetensors",
-            metrics=self.chain.metrics,
-            out=self.rows(command),
+            ref=f"runs/{'second' if second else 'ref'}/{against}.npz",
+            features=f"digits:runs/{'second/' if second else ''}features.safetensors",
+            metrics=self.chain.metrics if command == "search" else self.chain.reported,
+            out=out,
         )
 
     def shared(self) -> Mapping[str, object]:
@@ -172,6 +222,7 @@ class Run:
         return {"family": BASES[self.chain.base].family, **self.chain.options}
 
 
+TITLED = {"mini": CHAINS, "ablations": ABLATIONS, "controls": CONTROLS, "rivals": RIVALS, "gmo": GMO}
 STAGES = ("base", "generate", "selftrain", "search", "final")  # the methods of Run that give commands
 
 
@@ -196,6 +247,11 @@ def plan() -> dict[tuple[str, str], list[Job]]:
     return jobs
 
 
+def snapshot(folder: str, images: int) -> str:
+    """The file of the model after so many images."""
+    return f"{folder}/snapshot-{images:09d}.safetensors"
+
+
 def older(base: Base) -> dict[str, int]:
     """The option that also keeps earlier snapshots."""
     return {"snapshot": base.older} if base.older else {}
@@ -218,7 +274,7 @@ def write(out: Path) -> None:
             path = folder / stage / f"{name}.sh"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(lines(jobs))
-        for scale, chains in {"mini": CHAINS, "ablations": ABLATIONS}.items():
+        for scale, chains in TITLED.items():
             text = yaml.safe_dump({"titles": titles(chains)}, sort_keys=False, allow_unicode=True)
             (folder / f"{scale}.yaml").write_text(text)
 

@@ -10,6 +10,7 @@ import argparse
 import multiprocessing
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterable
 
@@ -45,13 +46,19 @@ def share(commands: int, cores: int) -> int:
 
 
 def run(command: list[str]) -> int:
+    status = neon(command[1:]) if command[0] == "neon" else subprocess.run(command).returncode
+    if status:
+        print(f"failed: {shlex.join(command)}", file=sys.stderr, flush=True)
+    return status
+
+
+def neon(words: list[str]) -> int:
     from neon.cli import main
 
     try:
-        main(command[1:])
+        main(words)
         return 0
     except SystemExit as exit:
-        print(f"failed: {shlex.join(command)}", file=sys.stderr, flush=True)
         return int(exit.code or 0)
 
 

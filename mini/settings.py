@@ -14,6 +14,9 @@ TRAIN = 1200  # of 1797 digits; numbers are reported against the other 597
 TOKENIZER_STEPS = 1500  # of VAR's tokenizer
 COPIES = "40000-40999"  # seeds of the images that are compared with the training digits
 BATCH = 500  # images made at a time
+REAL_DIGITS, CORRUPTED = "runs/data/train", "runs/data/corrupted"
+SEARCH_METRICS = "fid,precision,recall"
+FINAL_METRICS = "fid,kid,precision,recall,density,coverage"
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,21 @@ class Setting:
     )  # searched together with w: all, or from the first to the last
     method: Literal["surface", "grid"] = "surface"
 
+    by: Literal["merge", "guidance"] = "merge"  # how θ_s is used
+
     # What it takes from elsewhere. CHAIN/SETTING names a setting of a chain.
-    real: bool = False  # fine-tuned on the training digits in place of S
+    data: str = ""  # fine-tuned on these images in place of S
     S: str = ""  # fine-tuned on the S of that CHAIN/SETTING
     of: str = ""  # S and fine-tune are those of that CHAIN/SETTING
     parts: tuple[int, ...] = ()  # searched too: fine-tunes on so many images of S
     snapshot: int = 0  # searched: the fine-tune after so many images; 0: all its snapshots
     digits: int = 0  # has a base of its own, trained on so many digits; 0: the chain's base
+
+    # θ_s that is no fine-tune on one set of images.
+    older: int = 0  # the base itself, after so many images of its own training
+    random: bool = False  # the base and a random direction, as long as the fine-tune of `of` in every tensor
+    ddo: bool = False  # trained to tell real digits from S, the likelihood ratio being what tells them apart
+    second: bool = False  # searched with the second features, and judged with both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +77,8 @@ class Chain:
     seeds: range
     settings: dict[str, Setting]
     images: Images = Images()
-    metrics: str = "fid,precision,recall"
+    metrics: str = SEARCH_METRICS  # of the search
+    reported: str = FINAL_METRICS
     options: Options = field(default_factory=dict)  # more options of every command
     folder: str = "runs/{kind}/{chain}"  # where its files are; kind: S, selftrain, rows, base
 
@@ -76,7 +88,7 @@ FRESH = range(103, 105)
 BASES = {
     "edm": Base("edm", range(3), older=25600),
     "edm-more": Base("edm", range(3, 5), older=25600),
-    "flow": Base("flow", range(5), older=30000),
+    "flow": Base("flow", range(5), older=30016),
     "var": Base("var", range(5), {"vae_ckpt": "runs/vqvae.safetensors"}, older=9600),
     "xar": Base("xar", range(5), older=12800),
     "imm": Base("imm", range(5), older=24000),
@@ -105,7 +117,7 @@ HEUN8 = Setting(
 REAL = Setting(
     title="EDM, real images in place of S (control)",  # no bias of a sampler to reverse
     sampling=EULER10.sampling,
-    real=True,
+    data=REAL_DIGITS,
     training=SHORT,
     w=(-1, 0, 1),
     method="grid",  # what it shows is a curve that is flat on both sides
@@ -283,13 +295,14 @@ def fresh(name: str, *settings: str) -> Chain:
     found = {
         key: replace(one, of=one.of and f"fresh-{one.of}") for key, one in chain.settings.items() if key in settings
     }
-    return replace(chain, base=f"{chain.base}-fresh", seeds=FRESH, settings=found, folder=METHOD)
+    changes = {"base": f"{chain.base}-fresh", "seeds": FRESH, "folder": METHOD, "reported": SEARCH_METRICS}
+    return replace(chain, settings=found, **changes)
 
 
 def by_grid(name: str, chain: Chain) -> Chain:
     """The same S and fine-tunes, searched by the grid."""
     found = {key: replace(one, of=one.of or f"{name}/{key}", method="grid") for key, one in chain.settings.items()}
-    return replace(chain, seeds=chain.seeds[:2], settings=found, folder=METHOD)
+    return replace(chain, seeds=chain.seeds[:2], settings=found, folder=METHOD, reported=SEARCH_METRICS)
 
 
 def some(name: str, *settings: str) -> Chain:
@@ -315,4 +328,93 @@ COMPARED = {
 METHODS = {name: chain for name, chain in COMPARED.items() if name.startswith("fresh-")}
 METHODS |= {f"grid-{name}": by_grid(name, chain) for name, chain in COMPARED.items()}
 
-ALL = CHAINS | ABLATIONS | METHODS
+# Per chain the setting whose gain is put to the test, and the B of the direction that a random one is compared with.
+TESTED = {
+    "demo": ("euler10", 12800),
+    "more": ("euler10", 12800),
+    "flow": ("fm4", 12800),
+    "var": ("tau06", 6400),
+    "xar": ("cfg2", 9600),
+    "imm": ("imm8", 12800),
+}
+
+
+def controls(name: str, key: str, snapshot: int) -> Chain:
+    """What else the gain could come from: each replaces θ_s, all else is as it is for Neon."""
+    chain, one = CHAINS[name], CHAINS[name].settings[key]
+    kinds = {
+        "real": ("real images in place of S", {"data": REAL_DIGITS}),
+        "corrupted": ("corrupted real images in place of S", {"data": CORRUPTED}),
+        "random": ("a random direction", {"of": f"{name}/{key}", "random": True, "snapshot": snapshot}),
+        "older": ("extrapolation of its own training", {"older": 2 * BASES[chain.base].older}),
+    }
+    return tested(name, "controls", {f"{key}-{kind}": variant(one, *how) for kind, how in kinds.items()})
+
+
+def variant(one: Setting, title: str, changes: Options) -> Setting:
+    """A setting with some things changed; its title keeps the family's name."""
+    return replace(one, **{"title": f"{one.title.partition(',')[0]}: {title}", **changes})
+
+
+def tested(name: str, kind: str, settings: dict[str, Setting], seeds: int = 5) -> Chain:
+    """A chain of its own for settings on the bases of that chain."""
+    return replace(
+        CHAINS[name], seeds=CHAINS[name].seeds[:seeds], settings=settings, folder=f"runs/{kind}/{{chain}}/{{kind}}"
+    )
+
+
+def second_features(name: str, key: str) -> Chain:
+    one = replace(CHAINS[name].settings[key], of=f"{name}/{key}", second=True)
+    return tested(name, "spaces", {key: one})
+
+
+# `make mini-controls`
+CONTROLS = {f"controls-{name}": controls(name, *setting) for name, setting in TESTED.items()}
+SPACES = {f"spaces-{name}": second_features(name, key) for name, (key, _) in TESTED.items()}
+
+
+def rivals(name: str, key: str, *kinds: str) -> Chain:
+    """Other ways to use two models, or real images, on the same bases."""
+    one, place, older = CHAINS[name].settings[key], f"{name}/{key}", BASES[CHAINS[name].base].older
+    ways = {
+        "sims": ("SIMS", {"of": place, "by": "guidance"}),
+        "auto": ("autoguidance", {"older": older, "by": "guidance"}),
+        "ddo": ("DDO", {"S": place, "ddo": True, "w": (-1, 0), "method": "grid"}),
+    }
+    return tested(name, "rivals", {f"{key}-{kind}": variant(one, *ways[kind]) for kind in kinds}, seeds=3)
+
+
+def gmo(name: str, *keys: str) -> Chain:
+    """S with the Jacobian of the sampler reweighted, or with noise as large."""
+    settings = {}
+    for key in keys:
+        one = replace(CHAINS[name].settings[key], of="")
+        made = {"cfg_scale": 1.5} if name == "imm" else one.synthetic
+        for strength in (0, 0.05, 0.1, 0.2):
+            changes = {"synthetic": {**made, "gmo": strength} if strength else made}
+            settings[f"{key}-gmo{strength}"] = steps(one, f"GMO, α = {strength}", changes)
+        noise = {"synthetic": {**made, "gmo": 0.1, "gmo_control": "noise"}}
+        settings[f"{key}-noise0.1"] = steps(one, "noise as large as GMO's change at α = 0.1", noise)
+    return tested(name, "gmo", settings, seeds=3)
+
+
+def steps(one: Setting, title: str, changes: Options) -> Setting:
+    """A variant whose title keeps the sampler, too."""
+    return replace(one, title=f"{one.title.partition(' (')[0]}: {title}", **changes)
+
+
+# `make mini-rivals`
+RIVALS = {
+    "guided-demo": rivals("demo", "euler10", "sims", "auto"),
+    "guided-flow": rivals("flow", "fm4", "sims", "auto"),
+    "guided-imm": rivals("imm", "imm8", "sims", "auto"),
+    "ddo-demo": rivals("demo", "euler10", "ddo"),
+    "ddo-var": rivals("var", "tau06", "ddo"),
+}
+GMO = {
+    "gmo-imm": gmo("imm", "imm1", "imm2", "imm4"),
+    "gmo-demo": gmo("demo", "euler10"),
+    "gmo-flow": gmo("flow", "fm4"),
+}
+
+ALL = CHAINS | ABLATIONS | METHODS | CONTROLS | SPACES | RIVALS | GMO
