@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PATH := $(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::UserWarning:multiprocessing.resource_tracker
 
-.PHONY: setup demo mini mini-ablations mini-methods test lint format lock clean
+.PHONY: setup demo mini mini-ablations mini-methods mini-controls mini-rivals claims test lint format lock clean
 
 setup: .venv/installed
 
@@ -33,6 +33,21 @@ mini-ablations: setup
 mini-methods: setup
 	@cd mini/methods && dvc repro && cd .. && dvc repro --single-item --force notebooks@mini page
 	@echo; cat results/mini/methods.md
+
+# What else the gain could come from: controls, other features, and what `neon diagnose` says beforehand.
+mini-controls: setup
+	@cd mini/controls && dvc repro
+	@$(BESIDE)
+	@echo; cat results/mini/controls/table.md results/mini/spaces.md results/mini/diagnose.md
+
+# SIMS, autoguidance and DDO on the same bases, and S made with GMO.
+mini-rivals: setup
+	@cd mini/rivals && dvc repro
+	@$(BESIDE)
+	@echo; cat results/mini/rivals/table.md results/mini/gmo/table.md
+
+# The notebook of both, the ledger of claims and the page, from all results that are there.
+BESIDE = cd mini && dvc repro --single-item --force controls claims page
 
 test: setup
 	pytest
