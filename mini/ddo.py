@@ -8,8 +8,9 @@ reference is the frozen base. It learns to say so of the training digits and not
 
     loss = −log σ(β r(real)) − α log(1 − σ(β r(fake)))
 
-VAR has the log-likelihood of an image's codes. EDM has a bound on it: r is the reference's denoising loss less the
-model's, at one noise level with one noise, the same for both, summed over pixels, with the weight that EDM trains with.
+VAR has the log-likelihood of an image's codes. EDM has bounds on it, and r is estimated from their difference: the
+reference's denoising loss less the model's, summed over pixels, at one noise level with one noise, the same for both.
+The level's weight is that of EDM's training, not that of the bound.
 
 The snapshots are as those of `neon selftrain`, so `neon search -w -1` and `neon final` read them. DDO has no w: −1 is
 its model. Images are counted in pairs: up to a snapshot of 6400 images the model has seen 6400 real and 6400 fakes.
@@ -30,7 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edm.loss import edm_loss
-from neon import NeonError
 from neon.cli import command_line
 from neon.cli.options import count, natural, rate
 from neon.data import ImageSet
@@ -148,7 +148,9 @@ def run(args) -> list[Path]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="mini.ddo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="mini.ddo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--family", required=True, choices=LIKELIHOODS)
     p.add_argument("--base", required=True, help="where it starts, and the reference: a file, or a training folder")
     p.add_argument("--real", required=True, help="image set of the training digits")
@@ -158,7 +160,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="folder for snapshots and state; an interrupted run resumes")
     p.add_argument("--replace", action="store_true", help="delete another run that is there")
     p.add_argument("--micro_batch", type=count, help="pairs per forward pass")
-    defaults = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in c._asdict().items())}" for name, c in CHOSEN.items())
+    defaults = "; ".join(
+        f"{name}: {', '.join(f'{k} {v}' for k, v in c._asdict().items())}" for name, c in CHOSEN.items()
+    )
     changes = p.add_argument_group("what was chosen on fresh seeds", f"defaults: {defaults}")
     changes.add_argument("--alpha", type=rate, help="weight of the fakes")
     changes.add_argument("--beta", type=rate, help="steepness of the discriminator in the log-likelihood ratio")
