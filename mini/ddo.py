@@ -54,8 +54,8 @@ class Chosen(NamedTuple):
 # Lowest FID against the training digits, on the search's images of the seeds 103 and 104, which are not reported. EDM:
 # nine runs, 31 evaluations (α of 0.5 to 4, β of 0.02 to 0.3, two rates). VAR, at guidance 0.5: six runs, 15 evaluations
 # (α of 0.5 and 1, β of 0.03 to 0.3, two rates). Only the chosen points were run on both seeds. EDM's FID rose again
-# after 9600 pairs (seed 104); with a larger α or a smaller β after 6400. VAR's chosen point was not measured later than
-# 6400; with any other, FID was already higher there than after 3200.
+# after 9600 pairs (seed 104); with a larger α or a smaller β after 6400 or sooner. VAR's chosen point was not measured
+# later than 6400; with any other, FID was already higher there than after 3200.
 CHOSEN = {"edm": Chosen(1.0, 0.1, 2e-4, 12800, 3200), "var": Chosen(1.0, 0.1, 5e-5, 6400, 3200)}
 
 
