@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PATH := $(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::UserWarning:multiprocessing.resource_tracker
 
-.PHONY: setup demo mini mini-ablations mini-methods test lint format lock clean
+.PHONY: setup demo mini mini-ablations mini-methods claims test lint format lock clean
 
 setup: .venv/installed
 
@@ -33,6 +33,12 @@ mini-ablations: setup
 mini-methods: setup
 	@cd mini/methods && dvc repro && cd .. && dvc repro --single-item --force notebooks@mini page
 	@echo; cat results/mini/methods.md
+
+# The verdict on each claim of the paper, from the results as they are; also into README.md and docs.
+claims: setup
+	@cd mini && dvc repro --single-item claims
+	@python -m mini.readme
+	@python -m report.claims results/mini results/paper
 
 test: setup
 	pytest
