@@ -116,7 +116,7 @@ def of_numbers(table: pd.DataFrame) -> str:
 
 def documents(results: Path) -> dict[str, str]:
     """Name of the markers → Markdown, from the folder with mini/claims.csv and paper/claims.csv."""
-    mini, paper = (pd.read_csv(results / scale / "claims.csv").fillna("") for scale in ("mini", "paper"))
+    mini, paper = (pd.read_csv(results / scale / "claims.csv", keep_default_na=False) for scale in ("mini", "paper"))
     by_kind = {f"ledger-{kind}": as_table(mini[mini["kind"] == kind]) for kind in ("paper", "objection")}
     measured = paper[paper["verdict"] != NOT_MEASURED]
     numbers = f"{of_numbers(paper).capitalize()}.\n" + (f"\n{as_table(measured)}" if len(measured) else "")
