@@ -5,6 +5,7 @@ export PATH := $(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::UserWarning:multiprocessing.resource_tracker
 
 .PHONY: setup demo mini mini-ablations mini-methods mini-controls mini-rivals claims test lint format lock clean
+.PHONY: setup demo mini mini-ablations mini-methods claims test lint format lock clean
 
 setup: .venv/installed
 
@@ -46,8 +47,13 @@ mini-rivals: setup
 	@$(BESIDE)
 	@echo; cat results/mini/rivals/table.md results/mini/gmo/table.md
 
-# The notebook of both, the ledger of claims and the page, from all results that are there.
-BESIDE = cd mini && dvc repro --single-item --force controls claims page
+# The notebook of both and the page, from all results that are there.
+BESIDE = cd mini && dvc repro --single-item --force controls page
+# The verdict on each claim of the paper, from the results as they are; also into README.md and docs.
+claims: setup
+	@cd mini && dvc repro --single-item claims
+	@python -m mini.readme
+	@python -m report.claims results/mini results/paper
 
 test: setup
 	pytest

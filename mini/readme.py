@@ -1,4 +1,4 @@
-"""Copy what was measured into README.md, docs/mini.md, docs/choosing-w.md, between markers: `python -m mini.readme`."""
+"""Copy what was measured into README.md and pages of docs, between markers: `python -m mini.readme`."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from neon.files import atomic
+from report.claims import documents
 from report.tables import compared, markdown
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,7 @@ def tables() -> dict[str, str]:
         "steps": markdown(compared(pd.read_csv(RESULTS / "final.csv"), PAIRS, titles)),
         "sources": (RESULTS / "ablations/cross/table.md").read_text(),
         "methods": (RESULTS / "methods.md").read_text() if (RESULTS / "methods.md").exists() else "",
+        **documents(ROOT / "results"),
     }
 
 
@@ -39,7 +41,8 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs/mini.md", ROOT / "docs/choosing-w.md")
+PAGES = ("mini", "choosing-w", "claims", "where-it-fails")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in PAGES))
 
 if __name__ == "__main__":
     for document in DOCUMENTS:
