@@ -5,7 +5,6 @@ export PATH := $(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::UserWarning:multiprocessing.resource_tracker
 
 .PHONY: setup demo mini mini-ablations mini-methods mini-controls mini-rivals claims test lint format lock clean
-.PHONY: setup demo mini mini-ablations mini-methods claims test lint format lock clean
 
 setup: .venv/installed
 
@@ -49,6 +48,7 @@ mini-rivals: setup
 
 # The notebook of both and the page, from all results that are there.
 BESIDE = cd mini && dvc repro --single-item --force controls page
+
 # The verdict on each claim of the paper, from the results as they are; also into README.md and docs.
 claims: setup
 	@cd mini && dvc repro --single-item claims
