@@ -12,8 +12,6 @@ from neon.merge import check_same_names
 from neon.weights.checkpoint import check_same_key, metadata_like, open_weights, write_safetensors
 from neon.weights.summary import MergeSummary, buffer_rules
 
-CARRIED = ("data_images", "images")  # of θ_s: tables show the control next to what it is the control of
-
 
 def run_control(args) -> None:
     family = get_family(args.family) if args.family else None
@@ -26,17 +24,13 @@ def run_control(args) -> None:
         specs = {name: base.spec(name) for name in base}
         write_safetensors(args.out, specs, tensors, _metadata(args, base, selftrained))
         print(f"base           {base.origin}", f"self-trained   {selftrained.origin}", *summary.lines(), sep="\n")
-    print(
-        f"random step    norm {steps.random:.6g}, of θ_s − θ_r {steps.drift:.6g}, cosine between them {steps.cosine:.3g}"
-    )
+    print(f"random step    norm {steps.random:.6g}; of θ_s − θ_r {steps.drift:.6g}; cosine of both {steps.cosine:.3g}")
     print(f"seed {args.seed}  written to {args.out}")
     for warning in summary.warnings():
         print("warning:", warning, file=sys.stderr)
-    if budget_of(args.out) != (budget := budget_of(str(args.selftrained))):
-        print(
-            f"warning: tables read B = {budget:,} off the name {args.selftrained.name}, not off this one",
-            file=sys.stderr,
-        )
+    if budget_of(args.out) != budget_of(str(args.selftrained)):
+        name = args.selftrained.name
+        print(f"warning: tables read B off the name: with another one than {name} it is not θ_s's", file=sys.stderr)
 
 
 def _check_out(args) -> None:
@@ -51,12 +45,12 @@ def _check_out(args) -> None:
 
 
 def _metadata(args, base, selftrained) -> dict[str, str]:
-    """What load needs, what tables show of θ_s, and what this file is."""
-    carried = {name: text for name, text in selftrained.metadata.items() if name in CARRIED}
+    """What load needs, |S| of θ_s for tables, and what this file is."""
+    size = {name: text for name, text in selftrained.metadata.items() if name == "data_images"}
     record = {
         "neon_control": "random direction, in every tensor as long as the self-trained model's",
         "neon_seed": str(args.seed),
         "neon_base_sha256": sha256(args.base),
         "neon_selftrained_sha256": sha256(args.selftrained),
     }
-    return metadata_like(base, carried | record)
+    return metadata_like(base, metadata_like(selftrained, size | record))

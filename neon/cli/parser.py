@@ -139,8 +139,8 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping], measured: bool)
         "control",
         "run_control",
         "write θ_r plus a random step: for every tensor Gaussian, as long as θ_s − θ_r is there",
-        ". It takes the place of θ_s in `neon search`: what Neon gains and this does not is due to the direction, not to"
-        " the length. Tensors that are the same on both sides, and buffers, are the base's. The file says what it is.",
+        ". Search it in place of θ_s: what Neon gains and this does not is due to the direction, not to the length."
+        " Tensors that are the same on both sides, and buffers, are the base's. The file says what it is.",
     )
     add_model(p, "--base")
     p.add_argument("--selftrained", type=checkpoint, required=True, help="θ_s, whose distance from θ_r is kept")
