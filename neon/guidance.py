@@ -28,18 +28,21 @@ def check_guidable(family: Family) -> None:
 class Guide:
     """Extrapolates the outputs of a network away from those of a second one, which is called with the same arguments.
 
-    w = 0: the outputs stay as they are, and there need be no second network.
+    w = 0: the outputs stay as they are, and there need be no second network. compiled: the network is, and is not
+    called yet.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, compiled: bool = False):
         self.w, self.other = 0.0, None
-        network.register_forward_hook(self._extrapolate, with_kwargs=True)
+        hook = self._extrapolate
+        if compiled:  # else w would be a constant of the compiled network
+            hook = torch.compiler.disable(hook, recursive=False)
+        network.register_forward_hook(hook, with_kwargs=True)
 
     def set(self, w: float, other: nn.Module | None = None) -> None:
         """other: the network to get away from; needed if w is not 0."""
         self.w, self.other = w, other
 
-    @torch.compiler.disable(recursive=False)  # else w would be a constant of the compiled network
     def _extrapolate(self, network: nn.Module, args: tuple, kwargs: dict, output):
         return extrapolated(output, self.other(*args, **kwargs), self.w) if self.w else output
 

@@ -122,7 +122,7 @@ class Guided(Candidates):
     def __init__(self, family: Family, base: str | Path, device: torch.device | str, *args, **options):
         check_guidable(family)
         super().__init__(family, base, device, *args, **options)
-        self._guide = Guide(family.weights(self.model))
+        self._guide = Guide(family.weights(self.model), self._compiles)
         self._guided_by: str | None = None
 
     def load(self, selftrained: str | Path | None, w: float) -> torch.nn.Module:
