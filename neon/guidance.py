@@ -35,7 +35,7 @@ class Guide:
     def __init__(self, network: nn.Module, compiled: bool = False):
         self.w, self.other = 0.0, None
         hook = self._extrapolate
-        if compiled:  # else w would be a constant of the compiled network
+        if compiled:  # else it would be compiled again for every w
             hook = torch.compiler.disable(hook, recursive=False)
         network.register_forward_hook(hook, with_kwargs=True)
 
@@ -44,10 +44,10 @@ class Guide:
         self.w, self.other = w, other
 
     def _extrapolate(self, network: nn.Module, args: tuple, kwargs: dict, output):
-        return extrapolated(output, self.other(*args, **kwargs), self.w) if self.w else output
+        return guided_output(output, self.other(*args, **kwargs), self.w) if self.w else output
 
 
-def extrapolated(output, other, w: float):
+def guided_output(output, other, w: float):
     """output + w (output − other) of every tensor in what networks return: a tensor, a tuple, a dataclass of diffusers.
 
     Computed in at least float32, in the dtype of `output`. Raises NeonError for anything else, and if shapes differ.
@@ -60,8 +60,8 @@ def extrapolated(output, other, w: float):
         return None
     if dataclasses.is_dataclass(output):
         names = [field.name for field in dataclasses.fields(output)]
-        parts = {name: extrapolated(getattr(output, name), getattr(other, name), w) for name in names}
+        parts = {name: guided_output(getattr(output, name), getattr(other, name), w) for name in names}
         return dataclasses.replace(output, **parts)
     if type(output) is tuple:
-        return tuple(extrapolated(one, two, w) for one, two in zip(output, other, strict=True))
+        return tuple(guided_output(one, two, w) for one, two in zip(output, other, strict=True))
     raise NeonError(f"a network that returns a {type(output).__name__} cannot be guided")

@@ -17,7 +17,7 @@ import edm.family
 from neon import NeonError, cost
 from neon.card import results_of
 from neon.family import get_family
-from neon.guidance import extrapolated
+from neon.guidance import guided_output
 from neon.measure.candidates import Candidates, Guided, Point
 from neon.measure.evaluate import Evaluation
 from neon.measure.features import load_extractor
@@ -125,23 +125,23 @@ def test_every_tensor_of_an_output_is_extrapolated():
 
     one, two = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])
     wanted = [-1.0, 6.0]
-    assert extrapolated(one, two, 2.0).tolist() == wanted
-    assert [part.tolist() for part in extrapolated((one, one), (two, two), 2.0)] == [wanted, wanted]
-    found = extrapolated(Output(one), Output(two), 2.0)
+    assert guided_output(one, two, 2.0).tolist() == wanted
+    assert [part.tolist() for part in guided_output((one, one), (two, two), 2.0)] == [wanted, wanted]
+    found = guided_output(Output(one), Output(two), 2.0)
     assert found.sample.tolist() == wanted and found.more is None
-    half = extrapolated(one.half(), two.half(), 2.0)
+    half = guided_output(one.half(), two.half(), 2.0)
     assert half.dtype == torch.float16 and half.tolist() == wanted
 
 
 @pytest.mark.parametrize("output", [[torch.ones(2)], {"sample": torch.ones(2)}, namedtuple("Two", "a")(torch.ones(2))])
 def test_an_output_of_another_kind_is_refused(output):
     with pytest.raises(NeonError, match=f"returns a {type(output).__name__} cannot be guided"):
-        extrapolated(output, output, 1.0)
+        guided_output(output, output, 1.0)
 
 
 def test_outputs_of_two_shapes_are_refused():
     with pytest.raises(NeonError, match=r"\(2,\) and \(1,\)"):
-        extrapolated(torch.ones(2), torch.ones(1), 1.0)
+        guided_output(torch.ones(2), torch.ones(1), 1.0)
 
 
 # ---------------------------------------------------------------- families
@@ -247,13 +247,21 @@ def test_each_snapshot_guides_in_its_turn(mini):
 
 
 def test_a_compiled_network_follows_every_change_of_w(linear, monkeypatch):
-    """Traced once, w must not be a constant of it."""
-    compiled = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend="eager"))
+    """And is not compiled again for it."""
+    compiled, graphs = torch.nn.Module.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend=backend))
     fast, slow = (Guided(linear, "base.safetensors", "cpu", compile=on) for on in (True, False))
     for w in (0.0, 1.0, 0.0, 2.0, -1.0, 0.25, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0):
         found, wanted = (linear.sample(one.load("selftrained.safetensors", w), SEEDS, None) for one in (fast, slow))
         assert torch.equal(found, wanted), w
+        if w == 1.0:
+            both = len(graphs)
+    assert 0 < len(graphs) == both
     assert fast.model._compiled_call_impl and fast._second._compiled_call_impl
 
 
@@ -376,6 +384,11 @@ def test_an_evaluation_needs_the_second_network(mini, words, message):
     words = [word.format(s=mini.snapshots[0]) for word in words]
     measuring = (*mini.measuring, "--seeds", "0-9", "--metrics", "fid")
     assert message in error_of("evaluate", *measuring, "--base", mini.base, *words)
+
+
+def test_images_are_not_guided(mini):
+    words = ("--images", mini.data, "--ref", mini.ref, *mini.features, "--metrics", "fid", "--by", "guidance")
+    assert "leave out --by" in error_of("evaluate", *words)
 
 
 # ---------------------------------------------------------------- what it costs

@@ -196,7 +196,8 @@ def run_evaluate(args) -> None:
 
 
 def _evaluate_images(args) -> None:
-    if given := [name for name in OF_A_MODEL if getattr(args, name) is not None]:
+    given = [name for name in OF_A_MODEL if getattr(args, name) is not None]
+    if given := given + ["by"] * (args.by != "merge"):
         raise NeonError(f"--images are measured as they are: leave out {', '.join(map(option_of, given))}")
     images = ImageSet(args.images)
     with world(args.device, bool(args.tf32)) as here:
