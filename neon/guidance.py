@@ -34,9 +34,10 @@ class Guide:
 
     def __init__(self, network: nn.Module, compiled: bool = False):
         self.w, self.other = 0.0, None
-        hook = self._extrapolate
-        if compiled:  # else it would be compiled again for every w
+        hook, self._formula = self._extrapolate, guided_output
+        if compiled:  # the networks are compiled, and not again for every w
             hook = torch.compiler.disable(hook, recursive=False)
+            self._formula = torch.compiler.disable(guided_output)
         network.register_forward_hook(hook, with_kwargs=True)
 
     def set(self, w: float, other: nn.Module | None = None) -> None:
@@ -44,7 +45,7 @@ class Guide:
         self.w, self.other = w, other
 
     def _extrapolate(self, network: nn.Module, args: tuple, kwargs: dict, output):
-        return guided_output(output, self.other(*args, **kwargs), self.w) if self.w else output
+        return self._formula(output, self.other(*args, **kwargs), self.w) if self.w else output
 
 
 def guided_output(output, other, w: float):
