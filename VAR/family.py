@@ -27,6 +27,7 @@ from VAR.vqvae import VQVAE
 name = "var"
 networks, recipes, presets = CONFIGS, RECIPES, PRESETS
 released_precision, released_tf32 = "float16", False
+guidable = False  # its calls share a cache of keys and values
 PAPER = PRESETS["var_d16"].sampling
 RELEASED_VQVAE = "vae_ch160v4096z32.pth"
 

@@ -24,6 +24,7 @@ from neon.weights import network as recorded
 name = "edm"
 networks, recipes, presets = NETWORKS, RECIPES, PRESETS
 released_precision, released_tf32 = "float32", False
+guidable = True
 PAPER = PRESETS["edm_cifar10_cond"].sampling
 
 

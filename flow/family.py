@@ -20,6 +20,7 @@ from nets.images import mirror
 name = "flow"
 networks, recipes, presets = NETWORKS, RECIPES, PRESETS
 released_precision, released_tf32 = "float32", False
+guidable = True
 PAPER = PRESETS["flow_cifar10"].sampling
 DOPRI5_EVALUATIONS = 134  # an image at tolerance 1e-5, for OT-CFM on CIFAR-10 (Tong et al. 2024, arXiv 2302.00482)
 

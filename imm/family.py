@@ -26,6 +26,7 @@ name = "imm"
 networks, recipes, presets = NETWORKS, RECIPES, PRESETS
 # The released code samples under float16 autocast, which its network turns off: only the VAE decodes in float16.
 released_precision, released_tf32 = "float32+float16", True
+guidable = True
 PAPER = PRESETS["imm_t8"].sampling
 
 

@@ -11,6 +11,7 @@ from neon import NeonError
 from neon.family import FAMILIES, get_family
 from neon.fetch import LICENSE, NOT_STATED, TABLE, read_table
 from neon.files import existing, read_json
+from neon.measure.candidates import by_of
 from neon.measure.compare import Difference
 from neon.measure.evaluate import METRICS, title
 from neon.measure.rows import Rows
@@ -121,6 +122,8 @@ def results_of(path: str | Path) -> dict[str, Mapping]:
     rows = {row.get("role"): row for row in Rows(existing(path), write=False).rows.values()}
     if set(rows) != set(ROLES):
         raise NeonError(f"{path}: not what `neon final` wrote, or not finished")
+    if (by := by_of(rows["neon"])) != "merge":
+        raise NeonError(f"{path}: rows --by {by}, so not of a merged checkpoint")
     if not rows["neon"]["w"]:
         raise NeonError(f"{path}: no w > 0 was better than the base, so there is no Neon to publish")
     return rows

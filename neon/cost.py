@@ -24,6 +24,7 @@ from neon import NeonError
 from neon import precision as precisions
 from neon.dropout import masks_of
 from neon.family import Family, Recipe, named
+from neon.guidance import Guide, check_guidable
 from neon.measure.features import load_extractor
 from neon.precision import DTYPES, autocast, on_meta
 
@@ -104,15 +105,22 @@ def cpu_tflops(side: int = 768, rounds: int = 5) -> float:
     return 2 * side**3 / min(spent[1:]) / 1e12
 
 
-def sampling(family: Family, network: str | Path, options: Mapping[str, object], precision: str = "float32") -> Cost:
+def sampling(
+    family: Family,
+    network: str | Path,
+    options: Mapping[str, object],
+    precision: str = "float32",
+    guided: bool = False,
+) -> Cost:
     """Of an image of the family's sampler, decoded. options: fields of Sampling that are not at their defaults.
 
+    guided: by a second network, whose passes count too. Raises NeonError if it cannot be.
     Steps that cost the same are counted once: the cost of n steps is that of two and (n - 2) times a third.
     """
     chosen, field = family.countable(_defaults(family) | dict(options))
 
     def cost(**changed) -> Cost:
-        found, _ = _sampling(family, network, tuple({**chosen, **changed}.items()))
+        found, _ = _sampling(family, network, tuple({**chosen, **changed}.items()), guided)
         return found.with_precision({NETWORK: precisions.network(precision), DECODER: precisions.decoder(precision)})
 
     if (steps := chosen.get(field, 0)) <= 3:
@@ -122,16 +130,19 @@ def sampling(family: Family, network: str | Path, options: Mapping[str, object],
 
 
 @lru_cache(maxsize=256)
-def _sampling(family: Family, network: str | Path, options: tuple) -> tuple[Cost, tuple[int, ...]]:
+def _sampling(
+    family: Family, network: str | Path, options: tuple, guided: bool = False
+) -> tuple[Cost, tuple[int, ...]]:
     """Of an image, with the FLOPs in the network's precision under the name NETWORK and in the decoder's under DECODER;
     and its (C, H, W)."""
-    model, shapes = _model(family, network), []
+    model, second = _guided(family, network) if guided else (_model(family, network), ())
+    shapes = []
 
     def run() -> None:
         seeds = torch.arange(BATCH)
         shapes.append(family.sample(model, seeds, family.labels(model, seeds), **dict(options)).shape[1:])
 
-    return count(model, family, run) * (1 / BATCH), tuple(shapes[0])
+    return count(model, family, run, *second) * (1 / BATCH), tuple(shapes[0])
 
 
 def training(family: Family, network: str | Path, recipe: Recipe) -> Cost:
@@ -189,6 +200,15 @@ def _model(family: Family, network: str | Path) -> torch.nn.Module:
     return family.hollow(network, precision=f"{NETWORK}+{DECODER}")
 
 
+@lru_cache(maxsize=4)
+def _guided(family: Family, network: str | Path) -> tuple[torch.nn.Module, tuple[torch.nn.Module]]:
+    """A model that samples guided by a second network, and that network."""
+    check_guidable(family)
+    model, second = (family.hollow(network, precision=f"{NETWORK}+{DECODER}") for _ in range(2))
+    Guide(family.weights(model)).set(1.0, family.weights(second))
+    return model, (family.weights(second),)
+
+
 def _defaults(family: Family) -> dict[str, object]:
     return {field.name: field.default for field in dataclasses.fields(family.Sampling)}
 
@@ -197,18 +217,19 @@ def _pixels(shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
     return torch.zeros(BATCH, *shape, dtype=torch.uint8, device=device)
 
 
-def count(model: torch.nn.Module, family: Family, run: Callable[[], object]) -> Cost:
-    """What `run`, on the meta device, costs. A pass of the network is a row that leaves its last layer."""
+def count(model: torch.nn.Module, family: Family, run: Callable[[], object], *others: torch.nn.Module) -> Cost:
+    """What `run`, on the meta device, costs. A pass of the network or of others is a row that leaves its last layer."""
     rows = []
-    last = [module for module in family.weights(model).modules() if module._parameters][-1]
-    hook = last.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    lasts = [[m for m in network.modules() if m._parameters][-1] for network in (family.weights(model), *others)]
+    hooks = [last.register_forward_hook(lambda module, inputs, output: rows.append(len(output))) for last in lasts]
     try:
         with _values(), _counter() as flops:
             run()
     except NotImplementedError as error:
         raise NeonError(f"{family.name}: its cost cannot be counted on the meta device ({error})") from None
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return Cost(dict(flops), float(sum(rows)))
 
 

@@ -126,6 +126,9 @@ class Family(Protocol):
     Loading: type  # frozen dataclass, options of load and create that name further files, also on the command line
     released_precision: str  # in which the released code evaluates on a GPU; see neon.precision
     released_tf32: bool  # and whether it allows TensorFloat-32
+    # Does `sample` ask the network only by calling weights(model), and does no call change what another one returns?
+    # Then a second network can guide it: neon.guidance.
+    guidable: bool
 
     def is_buffer(self, tensor_name: str) -> bool:
         """Whether the tensor of that name in a state dict is no weight, so that merges take it from the base."""

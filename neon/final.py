@@ -5,11 +5,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from neon import NeonError
-from neon.measure.candidates import Point
+from neon.measure.candidates import Point, by_of
 
 # Facts of rows whose FIDs can be compared: how images were sampled, and how they were measured.
 ALIKE = ("family", "base_sha256", "vae_sha256", "class_idx", "dtype", "device", "tf32")
-ALIKE += ("seeds", "features", "reference")
+ALIKE += ("seeds", "features", "reference", "by")
 
 
 def final_points(searched: Sequence[Mapping], options: Sequence[str]) -> dict[str, Point]:
@@ -50,6 +50,13 @@ def final_points(searched: Sequence[Mapping], options: Sequence[str]) -> dict[st
         "selftrained": point(alone, -1.0, snapshot),
         "neon": point(merged, merged["w"], snapshot) if helps else at_base,
     }
+
+
+def check_made_alike(searched: Sequence[Mapping], by: str) -> None:
+    """Raises NeonError if the search went by another use of θ_s than `by`, a key of neon.measure.candidates.BY."""
+    for row in searched:
+        if (then := by_of(row)) != by:
+            raise NeonError(f"the search was made --by {then}, this command has --by {by}: a w is not the other's")
 
 
 def check_sampled_alike(searched: Sequence[Mapping], facts: Mapping[str, object]) -> None:

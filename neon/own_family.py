@@ -38,6 +38,7 @@ class OwnFamily:
     presets: Mapping[str, object] = {}
     Sampling = Loading = NoOptions
     released_precision, released_tf32 = "float32", False
+    guidable = False
 
     def __init__(self, parts: object, name: str):
         """parts: an object that has the parts as attributes, such as a module."""

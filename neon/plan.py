@@ -70,14 +70,34 @@ def network_of(family: Family, checkpoint: str | Path, recipe: str = "", preset:
     return alike[0] if alike else recipe if recipe in family.networks else existing(checkpoint)
 
 
-def sampled(family: Family, network: str | Path, options: Mapping[str, object], precision: str, tf32: bool) -> Cost:
-    return sampling(family, network, options, precision).with_precision(TF32 if tf32 else {})
+def sampled(
+    family: Family,
+    network: str | Path,
+    options: Mapping[str, object],
+    precision: str,
+    tf32: bool,
+    guided: bool = False,
+) -> Cost:
+    return sampling(family, network, options, precision, guided).with_precision(TF32 if tf32 else {})
 
 
-def measured(family: Family, network: str | Path, options: Mapping, precision: str, tf32: bool, spec: str) -> Cost:
-    """Of an image that is sampled and whose features are taken."""
+def measured(
+    family: Family,
+    network: str | Path,
+    options: Mapping,
+    precision: str,
+    tf32: bool,
+    spec: str,
+    guided: float = 0.0,
+) -> Cost:
+    """Of an image that is sampled and whose features are taken. guided: the share of images that two networks make."""
     found = features(spec, image_shape(family, network)).with_precision(TF32 if tf32 else {})
-    return sampled(family, network, options, precision, tf32) + found
+    each, how = Cost(), (family, network, options, precision, tf32)
+    if guided < 1:
+        each += sampled(*how) * (1 - guided)
+    if guided > 0:
+        each += sampled(*how, guided=True) * guided
+    return each + found
 
 
 def synthetic_bytes(family: Family, network: str | Path, images: int) -> int:
@@ -112,6 +132,11 @@ def evaluations_of(w: str, grids: Sequence[str], method: str, evaluations: int, 
         rows *= _values(text.partition("=")[2])
     base = 0.0 in weights  # the same for all snapshots
     return rows * (snapshots * (len(weights) - base) + base)
+
+
+def base_evaluations_of(w: str, grids: Sequence[str], method: str) -> int:
+    """How many of these are of the base alone, w = 0. Of a surface none is counted: it may be."""
+    return evaluations_of("0", grids, method, 0, 1) if method == "grid" and 0.0 in parse_grid(w) else 0
 
 
 def _values(text: str) -> int:
@@ -181,7 +206,7 @@ class _Plan:
         for name, reference in (self.params.get("references") or {}).items():
             yield self.reference(name, reference)
         for name, item in self.items("released"):
-            yield self.evaluated("released", name, item, item["checkpoint"], 1, item.get("sampling"))
+            yield self.evaluated("released", name, item, item["checkpoint"], 1, item.get("sampling"), alone=1)
         for name, item in self.items("models"):
             yield self.generated(name, item)
             yield self.trained(name, item)
@@ -226,9 +251,12 @@ class _Plan:
         """The point's sampling options, with the searched one that costs most."""
         return costliest(*self.network(item, item["base"]), item.get("sampling") or {}, _grids(self.search(item)))
 
-    def evaluated(self, stage, name, item, checkpoint, evaluations, options) -> Row:
+    def evaluated(self, stage, name, item, checkpoint, evaluations, options, alone=0) -> Row:
+        """alone: how many of the evaluations need one network also where the search goes by guidance."""
         family, network = self.network(item, checkpoint)
-        each = measured(family, network, options or {}, self.precision(family), self.tf32(family), self.features)
+        guided = 1 - alone / evaluations if self.search(item).get("by") == "guidance" else 0.0
+        how = self.precision(family), self.tf32(family), self.features, guided
+        each = measured(family, network, options or {}, *how)
         return Row(stage, name, self.model_of(item), evaluations, evaluations * self.seeds(stage), each)
 
     def searched(self, name: str, item: Mapping) -> Row:
@@ -236,7 +264,8 @@ class _Plan:
         method, most = search.get("method", "surface"), int(search.get("evaluations", EVALUATIONS))
         each = evaluations_of(str(search.get("w", "")), _grids(search), method, most, snapshots_of(recipe))
         evaluations = each * self.fine_tunes()
-        row = self.evaluated("search", name, item, item["base"], evaluations, self.guided(item))
+        alone = self.fine_tunes() * base_evaluations_of(str(search.get("w", "")), _grids(search), method)
+        row = self.evaluated("search", name, item, item["base"], evaluations, self.guided(item), alone)
         return row._replace(disk=row.images * DIM * 4)
 
     def compared(self, name: str, item: Mapping) -> Row:
@@ -244,7 +273,8 @@ class _Plan:
         seeds = self.params["seeds"]
         sets = [str(seeds["final"]), *str(seeds.get("more") or "").split()][: int(item.get("sets", 1))]
         roles = ROLES * self.fine_tunes()
-        row = self.evaluated("final", name, item, item["base"], roles * len(sets), self.guided(item))
+        count = roles * len(sets)
+        row = self.evaluated("final", name, item, item["base"], count, self.guided(item), count // ROLES)
         return row._replace(images=roles * sum(len(parse_seeds(part)) for part in sets))
 
     def generated(self, name: str, item: Mapping) -> Row:

@@ -21,6 +21,7 @@ from pipelines.sampler import sample as sample_pipeline
 name = "diffusers"
 networks, recipes, presets = NETWORKS, RECIPES, PRESETS
 released_precision, released_tf32 = "float32", False
+guidable = True
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from xAR.vae import AutoencoderKL, Patches
 name = "xar"
 networks, recipes, presets = NETWORKS, RECIPES, PRESETS
 released_precision, released_tf32 = "float16", False
+guidable = False  # its calls share a cache of keys and values
 PAPER = PRESETS["xar_l"].sampling
 DECODED = 16  # images that pass the VAE's decoder at once, which bounds its memory
 

@@ -10,6 +10,7 @@ import torch
 
 from neon import NeonError
 from neon.card import card_of, check_repo, check_token, files_of, push, readme
+from neon.cli.controls import run_control  # noqa: F401, it is a command
 from neon.cli.found import chosen_row, lines, record, verdict, write_csv
 from neon.cli.merging import run_extract_lora, run_merge  # noqa: F401, they are commands
 from neon.cli.options import OF_A_MODEL, loading, method_of, option_of, precision_of, processes, sampling_options
@@ -19,10 +20,10 @@ from neon.distributed import world
 from neon.family import get_family, named
 from neon.fetch import GROUPS, TABLE, choose, fetch_row, pinned, read_table
 from neon.files import atomic, discard, existing, same_file, sha256, write_json
-from neon.final import check_sampled_alike, final_points
+from neon.final import check_made_alike, check_sampled_alike, final_points
 from neon.generate import generate
 from neon.images import evaluation_of, measure_images
-from neon.measure.candidates import Candidates, Point
+from neon.measure.candidates import BY, Candidates, Point
 from neon.measure.compare import Difference, fid_difference
 from neon.measure.evaluate import Evaluation, parse_metrics, reference_of
 from neon.measure.features import load_extractor
@@ -153,9 +154,9 @@ def run_generate(args) -> None:
         )
 
 
-def _candidates(args, base, family, here):
+def _candidates(args, base, family, here, by=Candidates.by):
     precision = precision_of(args, family, here)
-    return Candidates(family, base, here.device, precision, args.compile, **loading(args, family))
+    return BY[by](family, base, here.device, precision, args.compile, **loading(args, family))
 
 
 def _rows(args, here):
@@ -179,10 +180,12 @@ def run_evaluate(args) -> None:
         return _evaluate_images(args)
     if args.selftrained and args.w is None:
         raise NeonError("--selftrained needs -w: 0 is the base, −1 the self-trained model")
+    if args.by == "guidance" and not args.selftrained:
+        raise NeonError("--by guidance needs --selftrained, the network to get away from, and -w")
     family = get_family(args.family)
     with processes(args, family) as here:
         evaluation = _evaluation(args, here)
-        candidates = _candidates(args, args.base, family, here)
+        candidates = _candidates(args, args.base, family, here, args.by)
         point = Point(args.selftrained and str(args.selftrained), args.w or 0.0)
         features = folder_of(args.out) if args.keep_features else None
         result = measure(candidates, evaluation, sampling_options(args, family), point, features=features)
@@ -193,7 +196,8 @@ def run_evaluate(args) -> None:
 
 
 def _evaluate_images(args) -> None:
-    if given := [name for name in OF_A_MODEL if getattr(args, name) is not None]:
+    given = [name for name in OF_A_MODEL if getattr(args, name) is not None]
+    if given := given + ["by"] * (args.by != "merge"):
         raise NeonError(f"--images are measured as they are: leave out {', '.join(map(option_of, given))}")
     images = ImageSet(args.images)
     with world(args.device, bool(args.tf32)) as here:
@@ -213,7 +217,7 @@ def run_search(args) -> None:
     trained = [str(existing(path)) for folder in args.selftrained for path in snapshots(folder)]
     with processes(args, family) as here:
         evaluation = _evaluation(args, here)
-        candidates, rows = _candidates(args, args.base, family, here), _rows(args, here)
+        candidates, rows = _candidates(args, args.base, family, here, args.by), _rows(args, here)
         search = {"grid": _search_by_grid, "surface": _search_by_surface}[method_of(args)]
         search(args, candidates, evaluation, rows, trained)
 
@@ -267,7 +271,8 @@ def _search_by_surface(args, candidates, evaluation, rows, trained) -> None:
     rows.keep(bench.finished(search.nodes, n, replace=args.replace))
     best, table = record(search, found, n, _grid_size(args, space)), curve(search, found.lowest)
     if here.rank == 0:
-        write_json(Path(args.out).with_suffix(".best.json"), best)
+        by = {} if candidates.by == "merge" else {"by": candidates.by}
+        write_json(Path(args.out).with_suffix(".best.json"), best | by)
         write_csv(Path(args.out).with_suffix(".curve.csv"), table)
         shown = [row for row in table if row["fid_se"] is not None]
         terminal_plot(shown[:: len(shown) // 12 or 1], "w", "fid", path=Path(args.out).with_suffix(".curve.csv"))
@@ -315,10 +320,11 @@ def run_final(args) -> None:
         raise NeonError(f"{args.search}: no finished evaluation in it")
     if searched[0]["base_sha256"] != digest(existing(args.base)):
         raise NeonError(f"{args.search} started from another base, {searched[0]['base']}")
+    check_made_alike(searched, args.by)
     points = final_points(searched, [field.name for field in dataclasses.fields(family.Sampling)])
     with processes(args, family) as here:
         evaluation, options = _evaluation(args, here), sampling_options(args, family)
-        candidates = _candidates(args, args.base, family, here)
+        candidates = _candidates(args, args.base, family, here, args.by)
         now = sampled_by(candidates, here, options) | {"features": evaluation.extractor.name}
         check_sampled_alike(searched, {name: value for name, value in now.items() if name not in here.identity()})
         rows, folder = _rows(args, here), folder_of(args.out)

@@ -26,6 +26,10 @@ EXAMPLES = {
         "neon merge --base pipeline --selftrained lora -w 1 --adapter peft --out negated",
     ],
     "extract-lora": ["neon extract-lora --base pipeline --selftrained tuned/unet --rank 16 --out lora"],
+    "control": [
+        "neon control --base runs/base --selftrained runs/cond/snapshot-000012800.safetensors --seed 0 \\\n"
+        "      --out runs/random/snapshot-000012800.safetensors"
+    ],
     "train": ["neon train --family edm --network digits --recipe digits_base --data runs/data/train --out runs/base"],
     "selftrain": [
         f"neon selftrain --family edm {BASE} --recipe cifar10_cond --data S --out runs/cond",

@@ -108,6 +108,16 @@ def preset_line(args) -> str:
     return f"preset {args.preset}: " + " ".join(f"--{name} {text}" for name, text in texts.items() if text)
 
 
+def add_by(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--by",
+        choices=["merge", "guidance"],
+        default="merge",
+        help="what w extrapolates: the weights; or at every call of the network its output, θ_r + w (θ_r − θ_s), by two"
+        " networks: SIMS with a self-trained θ_s, autoguidance with an earlier checkpoint (default %(default)s)",
+    )
+
+
 def add_replace(p: argparse.ArgumentParser) -> None:
     p.add_argument("--replace", action="store_true", help="what --out holds of a run with other options is deleted")
 

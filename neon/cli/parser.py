@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from neon import __version__
 from neon.cli.help import LEFT, MERGE, Completion, Parser, epilog, negative
 from neon.cli.options import (
+    add_by,
     add_dry_run,
     add_evaluation,
     add_family,
@@ -22,6 +23,7 @@ from neon.cli.options import (
     choices_of,
     count,
     group,
+    natural,
     numbers,
     peek,
     rate,
@@ -133,6 +135,21 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping], measured: bool)
     )
     p.add_argument("--out", required=True, help="a new folder for peft, else a .safetensors file")
 
+    p = command(
+        "control",
+        "run_control",
+        "write θ_r plus a random step: for every tensor Gaussian, as long as θ_s − θ_r is there",
+        ". Search it in place of θ_s: what Neon gains and this does not is due to the direction, not to the length."
+        " Tensors that are the same on both sides, and buffers, are the base's. The file says what it is.",
+    )
+    add_model(p, "--base")
+    p.add_argument("--selftrained", type=checkpoint, required=True, help="θ_s, whose distance from θ_r is kept")
+    p.add_argument("--seed", type=natural, default=0, help="of the step (default %(default)s)")
+    p.add_argument("--out", required=True, help=".safetensors; named as θ_s, such as snapshot-000012800, it has its B")
+    p.add_argument("--family", help="take what the family knows to be buffers from the base")
+    p.add_argument("--buffers", metavar="REGEX", help="take tensors from the base if REGEX is found in their names")
+    p.add_argument("--replace", action="store_true", help="replace --out if it is there")
+
     p = command("train", "run_train", "train a base from scratch")
     p.add_argument("--network", required=True, help="named network configuration of the family")
     add_training(p, family)
@@ -156,6 +173,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping], measured: bool)
     p.add_argument("--images", help="in place of a model and its options: images that are there, see `neon reference`")
     p.add_argument("--selftrained", type=checkpoint, help="θ_s; needs -w")
     p.add_argument("-w", type=float, help="strength; 0 is the base, −1 the self-trained model")
+    add_by(p)
     p.add_argument("--out", help="JSON file for the row of results")
     p.add_argument("--keep_features", action="store_true", help="next to it, for `neon compare`")
     add_sampling(p, family)
@@ -190,6 +208,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping], measured: bool)
     )
     p.add_argument("--w", dest="w", help=argparse.SUPPRESS)
     p.add_argument("--grid", action="append", default=[], metavar="OPTION=GRID", help="also over a sampling option")
+    add_by(p)
     surface, rows = p.add_argument_group("surface"), p.add_argument_group("grid")
     surface.add_argument("--evaluations", type=count, default=12, help="at most so many points (default %(default)s)")
     surface.add_argument(
@@ -208,6 +227,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping], measured: bool)
     p = command("final", "run_final", "evaluate base, self-trained model and the best point of a search on new seeds")
     add_model(p, "--base")
     p.add_argument("--search", required=True, help="what `neon search` wrote")
+    add_by(p)
     p.add_argument("--out", required=True, help="JSON-lines file")
     add_replace(p)
     add_sampling(p, family)

@@ -17,6 +17,7 @@ from neon.plan import (
     ROLES,
     Row,
     as_json,
+    base_evaluations_of,
     costliest,
     describe,
     evaluations_of,
@@ -67,7 +68,7 @@ def run_evaluate(args) -> None:
         images = ImageSet(args.images)
         row = Row("", "", "", 1, len(images), features(args.features, images.shape))
         return _say(args, f"would measure the images in {args.images}", row)
-    _say(args, f"would evaluate {args.base}", _evaluations(args, 1, {}))
+    _say(args, f"would evaluate {args.base}", _evaluations(args, 1, {}, alone=0 if args.w else 1))
 
 
 def run_search(args) -> None:
@@ -75,21 +76,22 @@ def run_search(args) -> None:
     found = evaluations_of(args.w, args.grid, method, args.evaluations, _trained(args, family))
     network = network_of(family, args.base, preset=args.preset)
     options = costliest(family, network, sampling_options(args, family), args.grid)
-    row = _evaluations(args, found, options)
+    row = _evaluations(args, found, options, base_evaluations_of(args.w, args.grid, method))
     kind = "a surface of" if method == "surface" else "without its early stop, a grid of"
     _say(args, f"would write {args.out}: {kind} at most {found} evaluations", row._replace(disk=row.images * DIM * 4))
 
 
 def run_final(args) -> None:
-    _say(args, f"would write {args.out}: at most {ROLES} evaluations", _evaluations(args, ROLES, {}))
+    _say(args, f"would write {args.out}: at most {ROLES} evaluations", _evaluations(args, ROLES, {}, alone=1))
 
 
-def _evaluations(args, count: int, options: Mapping[str, object]) -> Row:
-    """Of count models. options: what differs from the arguments'."""
+def _evaluations(args, count: int, options: Mapping[str, object], alone: int) -> Row:
+    """Of count models. options: what differs from the arguments'. alone: how many are the base, so one network."""
     family, images = get_family(args.family), count * len(parse_seeds(args.seeds))
     network = network_of(family, args.base, preset=args.preset)
     chosen = {**sampling_options(args, family), **options}
-    each = measured(family, network, chosen, *_exactness(args, family), args.features)
+    guided = 1 - alone / count if args.by == "guidance" else 0.0
+    each = measured(family, network, chosen, *_exactness(args, family), args.features, guided)
     return Row("", "", "", count, images, each)
 
 

@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 78, 20  # of a plot, in characters
 def summary(row: Mapping, metrics: Sequence[str], varying: Sequence[str] = ()) -> str:
     """'w 1.5  B 20000  cfg 2  FID 12.3 ± 0.4  …'. varying: sampling options that not all rows share."""
     shown = [f"w {row['w']:g}", f"B {row['budget']}"] if row["selftrained"] else ["w 0"]
+    shown += [f"by {row['by']}"] if "by" in row else []
     shown += [f"{name} {_short(row[name])}" for name in varying]
     if "reason" in row:
         return "  ".join([*shown, f"diverged: {row['reason']}"])

@@ -17,7 +17,8 @@ from neon import Diverged, NeonError
 from neon.distributed import World
 from neon.family import Family, get_family
 from neon.files import atomic, from_json, sha256, to_json
-from neon.measure.candidates import Candidates, Point
+from neon.guidance import NETWORKS
+from neon.measure.candidates import BY, Candidates, Point, by_of
 from neon.measure.evaluate import Evaluation
 from neon.measure.kept import Kept
 from neon.weights.checkpoint import open_weights
@@ -57,6 +58,7 @@ def provenance(candidates: Candidates, evaluation: Evaluation, sampling: Mapping
         "budget": budget_of(point.selftrained),
         "num_synthetic": num_synthetic(point.selftrained),
         "world": evaluation.world.size,
+        **({} if candidates.by == "merge" else {"networks": NETWORKS if point.w else 1}),
         "versions": {name: version(name) for name in ("torch", "torch-fidelity", "numpy")},
     }
 
@@ -102,6 +104,7 @@ def sampled_by(
         "base_sha256": digest(candidates.base_path),
         "vae_sha256": candidates.vae_sha256,
         **sampling,
+        **({} if candidates.by == "merge" else {"by": candidates.by}),
         "class_idx": class_idx,
         "dtype": candidates.precision,
         **world.identity(),
@@ -150,7 +153,7 @@ def images_of(row: Mapping, seeds: torch.Tensor, batch: int, device: torch.devic
     options: of family.load, where the checkpoint needs further files. Raises NeonError if a file is not what it was.
     """
     family = get_family(row["family"])
-    candidates = Candidates(family, row["base"], device, row["dtype"], **options)
+    candidates = BY[by_of(row)](family, row["base"], device, row["dtype"], **options)
     found = {"base_sha256": digest(row["base"]), "vae_sha256": candidates.vae_sha256}
     if row["selftrained"]:
         found["selftrained_sha256"] = digest(row["selftrained"])
