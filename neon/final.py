@@ -4,8 +4,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from neon import NeonError
 from neon.measure.candidates import Point, by_of
+from neon.sampling import parse_seeds
 
 # Facts of rows whose FIDs can be compared: how images were sampled, and how they were measured.
 ALIKE = ("family", "base_sha256", "vae_sha256", "class_idx", "dtype", "device", "tf32")
@@ -69,3 +72,15 @@ def check_sampled_alike(searched: Sequence[Mapping], facts: Mapping[str, object]
             raise NeonError(
                 f"the search had {name} {value}, this command has {now}: the best w of one is not the other's"
             )
+
+
+def in_common(searched: Sequence[Mapping], seeds: torch.Tensor) -> int:
+    """How many of the images that are named by these seeds, (n,) int64, chose the points of a search."""
+    used = torch.cat([seeds_of(row) for row in searched]).unique()
+    return int(torch.isin(seeds, used).sum())
+
+
+def seeds_of(row: Mapping) -> torch.Tensor:
+    """The seeds of a row of results, (n,) int64: 'first-last' or a list."""
+    seeds = row["seeds"]
+    return parse_seeds(seeds) if isinstance(seeds, str) else torch.tensor(seeds, dtype=torch.int64)

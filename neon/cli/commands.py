@@ -20,7 +20,7 @@ from neon.distributed import world
 from neon.family import get_family, named
 from neon.fetch import GROUPS, TABLE, choose, fetch_row, pinned, read_table
 from neon.files import atomic, discard, existing, same_file, sha256, write_json
-from neon.final import check_made_alike, check_sampled_alike, final_points
+from neon.final import check_made_alike, check_sampled_alike, final_points, in_common
 from neon.generate import generate
 from neon.images import evaluation_of, measure_images
 from neon.measure.candidates import BY, Candidates, Point
@@ -325,8 +325,12 @@ def run_final(args) -> None:
     with processes(args, family) as here:
         evaluation, options = _evaluation(args, here), sampling_options(args, family)
         candidates = _candidates(args, args.base, family, here, args.by)
-        now = sampled_by(candidates, here, options) | {"features": evaluation.extractor.name}
+        now = sampled_by(candidates, here, options)
+        if not args.other_features:
+            now["features"] = evaluation.extractor.name
         check_sampled_alike(searched, {name: value for name, value in now.items() if name not in here.identity()})
+        if here.rank == 0 and (shared := in_common(searched, evaluation.seeds)):
+            print(f"warning: the search measured {shared:,} of these images too: a FID on what chose it is too low")
         rows, folder = _rows(args, here), folder_of(args.out)
         searched_over = tuple(name for name, _ in points["base"].sampling)
         measured: dict = {}

@@ -227,6 +227,9 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping], measured: bool)
     p = command("final", "run_final", "evaluate base, self-trained model and the best point of a search on new seeds")
     add_model(p, "--base")
     p.add_argument("--search", required=True, help="what `neon search` wrote")
+    p.add_argument(
+        "--other_features", action="store_true", help="--features may differ from those that the search went by"
+    )
     add_by(p)
     p.add_argument("--out", required=True, help="JSON-lines file")
     add_replace(p)
