@@ -23,7 +23,7 @@ from neon.data import ImageSet
 from neon.files import atomic, existing
 from neon.measure.features import load_extractor
 from neon.measure.manifold import around_real
-from neon.measure.metrics import Reference, load_reference
+from neon.measure.metrics import load_reference
 from neon.measure.rows import images_of
 from neon.sampling import parse_seeds
 from report.tables import rows_of, seed_of
@@ -34,14 +34,14 @@ def nearest(images: torch.Tensor, train: torch.Tensor) -> np.ndarray:
     return torch.cdist(images.flatten(1).double(), train.flatten(1).double()).min(1).values.numpy()
 
 
-def load_training(path: Path, spec: str) -> Reference:
-    """Statistics with the features of the training images. Raises NeonError if they are not those of spec."""
+def load_training(path: Path, spec: str) -> torch.Tensor:
+    """The features of the training images, (m, d). Raises NeonError if they do not fit those of spec."""
     reference = load_reference(existing(path))
     if reference.features is None:
         raise NeonError(f"{path} has no features, which AuthPct compares with")
     if (found := load_extractor(spec).dim) != len(reference.mu):
         raise NeonError(f"features have {found} dimensions, the reference {reference.name} has {len(reference.mu)}")
-    return reference
+    return reference.features
 
 
 def authpct(images: torch.Tensor, spec: str, training: torch.Tensor) -> float:
@@ -82,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     if (args.features is None) != (args.ref is None):
         raise NeonError("AuthPct needs both --features and --ref")
-    training = load_training(args.ref, args.features).features if args.ref else None
+    training = load_training(args.ref, args.features) if args.ref else None
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # of the workers, one per core
     with multiprocessing.get_context("spawn").Pool() as pool:
         options = {"data": args.data, "seeds": parse_seeds(args.seeds), "spec": args.features, "training": training}

@@ -142,7 +142,7 @@ class Evaluation:
         return result
 
     def _compared(self, generated: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
-        """The metrics that compare features (n, d) with those of real images (m, d), in the order of METRICS."""
+        """The metrics that compare features (n, d) with those of real images (m, d)."""
         wanted, found = set(self.metrics), {}
         if wanted & {"precision", "recall"}:  # neither says much alone
             wanted |= {"precision", "recall"}
