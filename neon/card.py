@@ -228,7 +228,7 @@ def _eval_results(card: Card) -> list:
             metric_args=how | interval,
         )
 
-    found = [result(m, title(m), row[m], row.get(f"{m}_se")) for m in METRICS if m in row]
+    found = [result(m, title(m, row["features"]), row[m], row.get(f"{m}_se")) for m in METRICS if m in row]
     if "gain_base" in row:
         found.append(result("fid_gain", GAIN, row["gain_base"], row["gain_base_se"]))
     return found
@@ -276,7 +276,7 @@ def _results(card: Card) -> str:
         found = card.rows[role]
         return [ROLES[role], f"{found['w']:g}", *(str(found[o]) for o in searched), *(_cell(found, m) for m in metrics)]
 
-    head = ["model", "w", *searched, *map(title, metrics)]
+    head = ["model", "w", *searched, *(title(m, row["features"]) for m in metrics)]
     lines = [head, ["---"] * len(head), *map(line, ROLES)]
     seeds = row["seeds"] if isinstance(row["seeds"], str) else "as listed in the rows"
     said = f"{row['n']:,} images each, seeds {seeds}; features {row['features']}; ± is one standard error."

@@ -28,8 +28,7 @@ def evaluation_of(
 ) -> Evaluation:
     """An evaluation whose seeds are the images' places in the set.
 
-    features: as of --features; metrics: 'fid,kid', or 'all' for what the reference and the features allow. Raises
-    NeonError.
+    features: as of --features; metrics: 'fid,kid', or 'auto' or 'all', see parse_metrics. Raises NeonError.
     """
     extractor = load_extractor(features, world.device)
     chosen = parse_metrics(metrics, extractor, reference)

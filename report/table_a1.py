@@ -19,6 +19,7 @@ from report.tables import (
     best_by_budget,
     final_table,
     markdown,
+    more,
     read_best,
     read_curves,
     rows_of,
@@ -186,16 +187,17 @@ def main(out: Path) -> None:
         for name, rows in search.items()
         for seed in {row["seed"]: None for row in rows}
     }
+    rows = all_rows(search)
     tables = {
         "table_a1.csv": lines.to_csv(index=False, float_format="%.6g"),
         "table_a1.json": lines.to_json(orient="records", indent=1),
         "table_a1.md": as_markdown(lines, params) + reruns(finished, titles),
         "titles.json": json.dumps(titles, indent=1),
-        "search.csv": as_csv(all_rows(search), CURVES),
+        "search.csv": as_csv(rows, [*CURVES, *more(rows)]),
         "curves.csv": as_csv(read_curves(searched)),
         "best.csv": as_csv(read_best(searched)),
-        "budget.csv": as_csv(best_by_budget(all_rows(search))),
-        "final.csv": as_csv(finished, ["role", *CURVES]),
+        "budget.csv": as_csv(best_by_budget(rows)),
+        "final.csv": as_csv(finished, ["role", *CURVES, *more(finished)]),
         "settings.csv": as_csv(summarise(finished)),
     }
     write_all(out, tables)

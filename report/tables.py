@@ -23,9 +23,17 @@ from neon.measure.rows import Rows
 SUMMARY = [
     *("family", "seeds", "w_star", "w_lo", "w_hi", "cfg_star"),
     *("fid_selftrained", "fid_base", "fid_neon", "gain", "gain_lo", "gain_hi"),
-    *("precision_base", "precision_neon", "recall_base", "recall_neon", "num_images", "seconds"),
+    *("precision_base", "precision_neon", "recall_base", "recall_neon", "density_base", "density_neon"),
+    *("coverage_base", "coverage_neon", "kid_base", "kid_neon", "num_images", "seconds"),
 ]
 CURVES = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se", "precision", "recall", "n"]
+MORE = ["density", "coverage", "kid", "authpct", "mind"]  # columns where rows have them
+# Metrics for reading next to FID: name, factor, form of a number.
+READ = {name: (name, 1, ".3f") for name in ("precision", "recall", "density", "coverage")} | {
+    "kid": ("KID × 10³", 1000, ".3g"),
+    "authpct": ("AuthPct", 1, ".1f"),
+    "mind": ("MIND", 1, ".3g"),
+}
 PREDICTED = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se"]
 BEST = ["setting", "seed", "w", "w_lo", "w_hi"]
 OTHER_NAMES = {"cfg_scale": "cfg"}  # of guidance
@@ -69,6 +77,11 @@ def read_rows(files: Mapping[Path, Mapping[str, object]], final: bool = False) -
     if not rows:
         raise NeonError("no results yet")
     return table_of(rows)
+
+
+def more(table: pd.DataFrame) -> list[str]:
+    """The metrics of MORE that some row holds."""
+    return [metric for metric in MORE if metric in table and table[metric].notna().any()]
 
 
 def read_curves(files: Mapping[Path, Mapping[str, object]]) -> pd.DataFrame:
@@ -162,10 +175,15 @@ def summarise(final: pd.DataFrame) -> pd.DataFrame:
             "num_images": int(base["n"].iloc[0]),
             "seconds": rows["seconds"].sum(),
         }
-        for metric in ("fid", "precision", "recall"):
-            line |= {f"{metric}_base": base[metric].mean(), f"{metric}_neon": neon[metric].mean()}
+        for metric in ("fid", "precision", "recall", "density", "coverage", "kid"):
+            line |= {f"{metric}_base": _mean(base, metric), f"{metric}_neon": _mean(neon, metric)}
         lines.append(line)
     return pd.DataFrame(lines, columns=["setting", *SUMMARY])
+
+
+def _mean(rows: pd.DataFrame, metric: str) -> float:
+    """Over seeds; NaN where nobody measured it."""
+    return rows[metric].mean() if metric in rows else math.nan
 
 
 def chosen(w: Iterable[float]) -> str:
@@ -230,10 +248,11 @@ def copies_table(copies: pd.DataFrame, titles: Mapping[str, str] | None = None) 
 
 
 def final_table(final: pd.DataFrame, titles: Mapping[str, str] | None = None, guidance: bool = False) -> pd.DataFrame:
-    """For reading, a line per setting: FIDs and gain, mean ± half of the 95 % interval; means of other metrics.
+    """For reading, a line per setting: FIDs and gain, mean ± half of the 95 % interval; other metrics of base → Neon.
 
-    w* as `chosen` writes it; gain is paired within a seed; one seed has no interval. guidance: with the γ that the
-    seeds chose for base and Neon. Raises NeonError as `summarise`.
+    Precision and recall have a column, those of MORE where some row holds them: means over seeds, empty where a setting
+    lacks them. w* as `chosen` writes it; gain is paired within a seed; one seed has no interval. guidance: with the γ
+    that the seeds chose for base and Neon. Raises NeonError as `summarise`.
     """
     lines = []
     for setting, rows in final.groupby("setting", sort=False):
@@ -248,11 +267,15 @@ def final_table(final: pd.DataFrame, titles: Mapping[str, str] | None = None, gu
         if guidance:
             line |= {f"γ {name}": _guidance(of[role]) for role, name in (("base", "of base"), ("neon", "of Neon"))}
         line |= {name: _interval(values) for name, values in fids.items()}
-        for metric in ("precision", "recall"):
-            means = [of[role][metric].mean() for role in ("base", "neon")]
-            line[metric] = "" if any(map(math.isnan, means)) else " → ".join(map("{:.3f}".format, means))
-        lines.append(line)
+        lines.append(line | {READ[metric][0]: _moved(of, metric) for metric in ("precision", "recall", *more(final))})
     return pd.DataFrame(lines)
+
+
+def _moved(of: Mapping[str, pd.DataFrame], metric: str) -> str:
+    """'0.876 → 0.955': how the mean moved from the base to Neon."""
+    _, factor, form = READ[metric]
+    means = [factor * _mean(of[role], metric) for role in ("base", "neon")]
+    return "" if any(map(math.isnan, means)) else " → ".join(f"{mean:{form}}" for mean in means)
 
 
 Model = tuple[str, str]  # a setting and a role
@@ -356,12 +379,13 @@ def main() -> None:
     titles = read_titles(args.titles)
     search, final = (read_ordered(args.rows, kind, titles) for kind in ("search", "final"))
     searched = {path: to for path, to in files(args.rows, "search").items() if to["setting"] in set(final["setting"])}
+    shown = search[search["setting"].isin(final["setting"])]  # others vary B and |S| only
     settings = summarise(final)
     tables = {
-        "search.csv": as_csv(search[search["setting"].isin(final["setting"])], CURVES),  # others vary B and |S| only
+        "search.csv": as_csv(shown, [*CURVES, *more(shown)]),
         "curves.csv": as_csv(in_order(read_curves(searched), titles)),
         "best.csv": as_csv(in_order(read_best(searched), titles)),
-        "final.csv": as_csv(final, ["role", *CURVES]),
+        "final.csv": as_csv(final, ["role", *CURVES, *more(final)]),
         "budget.csv": as_csv(best_by_budget(search)),
         "settings.csv": as_csv(settings),
         "summary.csv": as_csv(settings.drop_duplicates("family"), SUMMARY),  # a family's first setting

@@ -17,10 +17,13 @@ from neon.data import ImageSet
 from neon.final import final_points
 from neon.measure import metrics
 from neon.measure.candidates import Point
-from neon.measure.evaluate import Evaluation
+from neon.measure.evaluate import METRICS, Evaluation, parse_metrics, title
 from neon.measure.features import Extractor, load_extractor
 from neon.measure.kept import Kept
-from neon.measure.metrics import Moments, load_reference
+from neon.measure.manifold import around_real
+from neon.measure.manifold import recall as of_real
+from neon.measure.metrics import Moments, Reference, load_reference
+from neon.measure.mind import mind
 from neon.measure.rows import budget_of
 from neon.weights.checkpoint import load_weights
 
@@ -62,12 +65,56 @@ def test_numbers_are_those_of_the_images(mini, base_row):
     moments = Moments(16)
     moments.update(features)
     assert base_row["fid"] == pytest.approx(metrics.frechet_distance(moments.mean, moments.cov, reference), rel=1e-9)
-    precision, recall = metrics.precision_recall(reference.features, features)
+    precision, recall = around_real(reference.features, features).precision, of_real(reference.features, features)
     assert (base_row["precision"], base_row["recall"]) == (precision, recall)
     kid = metrics.kid(features, reference.features, subset_size=100)
     assert (base_row["kid"], base_row["kid_std"]) == pytest.approx(kid, rel=1e-6)
     assert precision > 0 and recall > 0 and base_row["is"] > 1
     assert (base_row["n"], base_row["seeds"], base_row["w"], base_row["budget"]) == (100, "5-104", 0.0, 0)
+
+
+def test_every_metric_of_a_reference_with_features(mini, base_row, tmp_path):
+    """`all` measures, next to what a list of the older five has, what the functions say of the same features."""
+    printed = neon(*evaluate(mini, tmp_path / "row.json", "--keep_features", metrics="all"))
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert row["metrics"] == list(METRICS) and f"metrics: {', '.join(METRICS)}\n" in printed
+    assert {name: row[name] for name in NUMBERS} == {name: base_row[name] for name in NUMBERS}
+    features, real = Kept(tmp_path / "row.features" / row["kept"]).load()[1], load_reference(mini.ref).features
+    near = around_real(real, features)
+    assert (row["density"], row["coverage"], row["authpct"]) == near[1:]
+    assert row["mind"] == mind(features, real) > 0
+    assert f"density {near.density:.4g}  coverage {near.coverage:.4g}  AuthPct {near.authpct:.4g}  MIND " in printed
+
+
+def test_an_explicit_list_is_measured_as_it_is_listed(mini, tmp_path):
+    """In its order, for the key of a row is of it; nothing is chosen, so nothing is said about it."""
+    printed = neon(*evaluate(mini, tmp_path / "row.json", metrics="kid,density,fid"))
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert row["metrics"] == ["kid", "density", "fid"] and "metrics:" not in printed
+    assert {"kid", "kid_std", "density", "fid", "fid_se"} <= row.keys()
+    assert not {"is", "precision", "recall", "coverage", "authpct", "mind"} & row.keys()
+
+
+def test_kid_is_measured_by_default_where_features_are(mini, tmp_path):
+    """The reference says so; a list is not needed. Without features it is FID and IS, as the line says."""
+    reference, command = load_reference(mini.ref), ["--model", mini.base, "--seeds", "0-31", *mini.features]
+    np.savez(tmp_path / "plain.npz", mu=reference.mu, sigma=reference.sigma)
+    for ref, chosen in ((mini.ref, ["fid", "is", "kid"]), (tmp_path / "plain.npz", ["fid", "is"])):
+        printed = neon("evaluate", *mini.sampling, *command, "--ref", ref, "--out", tmp_path / "row.json")
+        row = json.loads((tmp_path / "row.json").read_text())
+        assert row["metrics"] == chosen and f"metrics: {', '.join(chosen)}\n" in printed
+        assert ("kid" in row) == ("kid" in chosen)
+
+
+def test_the_default_is_what_extractor_and_reference_allow():
+    bare = Reference(torch.zeros(2), torch.eye(2))
+    full = Reference(torch.zeros(2), torch.eye(2), torch.zeros(9, 2))
+    allowed = {(10, bare): ("fid", "is"), (10, full): ("fid", "is", "kid")}
+    allowed |= {(None, bare): ("fid",), (None, full): ("fid", "kid")}
+    for (classes, reference), expected in allowed.items():
+        assert parse_metrics("auto", constant(classes), reference) == expected
+    assert parse_metrics("all", constant(), full) == tuple(m for m in METRICS if m != "is")
+    assert [title(m) for m in METRICS[:3] + METRICS[-2:]] == ["FID", "IS", "KID", "AuthPct", "MIND"]
 
 
 def same(found, row):

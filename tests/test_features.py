@@ -241,7 +241,7 @@ def test_digits_files_that_do_not_fit(tmp_path):
 
 @pytest.mark.parametrize("spec", ["", "clip", "Inception"])
 def test_unknown_extractors(spec):
-    with pytest.raises(NeonError, match="inception, inception:PATH, inception:random, digits:PATH"):
+    with pytest.raises(NeonError, match="inception, inception:PATH, inception:random, dinov2:PATH, digits:PATH"):
         load_extractor(spec)
 
 

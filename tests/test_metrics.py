@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 from neon import NeonError
 from neon.measure.metrics import (
@@ -22,7 +21,6 @@ from neon.measure.metrics import (
     frechet_distance,
     kid,
     load_reference,
-    precision_recall,
     save_reference,
     t_interval,
 )
@@ -337,43 +335,11 @@ def test_kid_has_the_subset_size_and_seed_of_torch_fidelity():
     assert kid(x, y, subsets=5) == pytest.approx(tuple(expected.values()), rel=1e-6)
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
-@pytest.mark.parametrize("shift", [0.0, 0.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_precision_and_recall_are_those_of_torch_fidelity(k, shift, dtype):
-    real, generated = normal(1500, 32, seed=1).to(dtype), (normal(1100, 32, seed=2) * 0.9 + shift).to(dtype)
-    expected = prc_features_to_metric(generated, real, prc_neighborhood=k, verbose=False)
-    precision, recall = precision_recall(real, generated, k)
-    # counts of images, so that their float32 quotients do not matter
-    assert round(precision * 1100, 9) == round(expected["precision"] * 1100, 3)
-    assert round(recall * 1500, 9) == round(expected["recall"] * 1500, 3)
-    assert 0 < precision < 1 and 0 < recall < 1
-
-
-def test_precision_and_recall_of_a_known_picture():
-    """Real: two clusters. Generated: tightly in one of them, and some far away."""
-    real = torch.cat([normal(100, 2), normal(100, 2) + 50])
-    generated = torch.cat([normal(60, 2, seed=3) * 0.1, normal(40, 2, seed=4) * 0.1 - 1000])
-    precision, recall = precision_recall(real, generated)
-    assert precision == 0.6
-    assert recall < 0.5
-
-
-@settings(max_examples=20, deadline=None)
-@given(n=st.integers(7, 60), dim=st.integers(1, 40), offset=st.sampled_from([0.0, 1e4]), seed=st.integers(0, 9))
-def test_a_set_covers_itself(n, dim, offset, seed):
-    x = normal(n, dim, seed=seed) + offset
-    assert precision_recall(x, x) == (1, 1)
-
-
 def test_comparisons_need_enough_images_of_one_kind():
     with pytest.raises(NeonError, match="100 need as many images, got 100 generated and 99 real"):
         kid(normal(100, 4), normal(99, 4), subset_size=100)
-    with pytest.raises(NeonError, match="k = 5 needs more than 5 images, got 5 real and 9 generated"):
-        precision_recall(normal(5, 4), normal(9, 4))
-    for compare in (kid, precision_recall):
-        with pytest.raises(NeonError, match="features of 4 and of 3 dimensions"):
-            compare(normal(9, 4), normal(9, 3))
+    with pytest.raises(NeonError, match="features of 4 and of 3 dimensions"):
+        kid(normal(9, 4), normal(9, 3))
 
 
 # ---- intervals

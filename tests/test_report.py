@@ -14,13 +14,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from processes import BIN, ROOT
+import torch
+from processes import BIN, ROOT, neon
 from sets import write_images
 
+import report.copies
 from neon import NeonError
+from neon.measure.features import Extractor, load_extractor
+from neon.measure.manifold import around_real
+from neon.measure.metrics import load_reference
+from neon.measure.rows import images_of
 from report.metrics import curve, metrics
 from report.table_a1 import main as write_table_a1
 from report.tables import (
+    CURVES,
     as_csv,
     best_by_budget,
     chosen,
@@ -191,6 +198,45 @@ def test_tables_have_titles_and_the_guidance_of_either_model():
     assert markdown(pd.DataFrame({"|S|": [1]})).startswith("| \\|S\\| |\n")
 
 
+def test_tables_say_how_every_metric_moved():
+    """Of base and Neon, means over seeds; no column where nobody measured, no number where a setting did not."""
+    plain, measured = finals([1.0, 2.0], "imm8"), finals([1.0, 2.0])
+    neon = measured["role"] == "neon"
+    values = {"recall": (0.876, 0.955), "density": (1.2, 0.9), "kid": (0.0123, 0.0045), "authpct": (60, 75.5)}
+    for metric, (before, after) in values.items():
+        measured[metric] = np.where(neon, after, before) + measured["seed"] * 0.0002 - 0.0001
+    assert list(final_table(plain).columns[-3:]) == ["gain", "precision", "recall"]
+    table = final_table(pd.concat([plain, measured]))
+    assert list(table.columns[-6:]) == ["gain", "precision", "recall", "density", "KID × 10³", "AuthPct"]
+    assert table.iloc[0, -4:].tolist() == [""] * 4
+    assert table.iloc[1, -4:].tolist() == ["0.876 → 0.955", "1.200 → 0.900", "12.3 → 4.5", "60.0 → 75.5"]
+    lines = summarise(pd.concat([plain, measured]))
+    assert list(lines.columns[lines.columns.get_loc("recall_neon") :]) == [
+        *("recall_neon", "density_base", "density_neon", "coverage_base", "coverage_neon", "kid_base", "kid_neon"),
+        *("num_images", "seconds"),
+    ]
+    first, second = lines.to_dict("records")
+    assert (second["density_base"], second["density_neon"]) == pytest.approx((1.2, 0.9))
+    assert (second["kid_base"], second["kid_neon"]) == pytest.approx((0.0123, 0.0045))
+    assert math.isnan(first["density_base"]) and math.isnan(second["coverage_base"])
+
+
+def test_files_of_tables_hold_the_metrics_of_the_rows(tmp_path, run):
+    """And no empty columns where the rows are older."""
+    (tmp_path / "titles.yaml").write_text("titles: {imm4: Four}")
+    command = ("report.tables", "--rows", tmp_path / "rows", "--titles", tmp_path / "titles.yaml", "--out", tmp_path)
+    heads = {}
+    for name, more in {"old": {}, "new": {"coverage": 0.5, "mind": 2.0, "density": 0.9}}.items():
+        write(tmp_path / "rows/search/imm4/0.jsonl", [row(0.0, 10, 0, 0) | more, row(1.0, 8, 64, 100) | more])
+        write(tmp_path / "rows/final/imm4/0.jsonl", [line | more for line in final_rows(1.0)])
+        assert run(*command)[0] == 0
+        heads[name] = {file: pd.read_csv(tmp_path / file).columns.tolist() for file in ("final.csv", "search.csv")}
+    assert heads["old"] == {"final.csv": ["role", *CURVES], "search.csv": CURVES}
+    for file, head in heads["new"].items():
+        assert head == [*heads["old"][file], "density", "coverage", "mind"]
+    assert "| 0.900 → 0.900 | 0.500 → 0.500 | 2 → 2 |" in (tmp_path / "table.md").read_text()
+
+
 def test_models_are_compared_within_a_seed():
     """A tenth apart between the settings in each seed: an interval of width 0, though the seeds differ by more."""
     final = pd.concat([finals([1.0] * 3), finals([1.0] * 4, "imm8", neon=8.1)])
@@ -349,12 +395,73 @@ def test_what_dvc_shows(tmp_path, run):
     assert shown == {"imm": {"fid_base": 10, "fid_neon": 8, "fid_selftrained": 20, "gain": 2, "w_star": 1}}
 
 
+def test_authentic_samples_by_hand(monkeypatch):
+    """Images of one grey each, features: the grey. 20 is 14 from 6, whose nearest is 1 away; 60 is 10 from 50, 44."""
+    grey = Extractor("grey", 1, None, torch.device("cpu"), lambda images: (images[:, 0, :1, 0].float(), None))
+    monkeypatch.setattr(report.copies, "load_extractor", lambda spec: grey)
+    training = torch.tensor([0, 1, 2, 3, 4, 5, 6, 50])[:, None].float()
+
+    def images(*greys):
+        return torch.tensor(greys, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+
+    assert report.copies.authpct(images(3, 20, 30, 60, 200, 255), "grey", training) == 50
+    assert report.copies.authpct(images(0, 1, 2, 3, 30, 60), "grey", training) == 0
+
+
+def test_copies_with_the_authenticity_of_every_model(mini, tmp_path):
+    """A column more with --features and --ref, the others as without; what is missing or does not fit is said."""
+    ref, search, out = tmp_path / "train.npz", tmp_path / "search.jsonl", tmp_path / "out.csv"
+    neon("reference", "--images", mini.data, *mini.features, "--out", ref)
+    models = ("--base", mini.base, "--selftrained", mini.snapshots[1], "--seeds", "0-15", "--metrics", "fid")
+    neon("search", *mini.measuring, *models, "-w", "0,1", "--method", "grid", "--out", search)
+    final = tmp_path / "edm/0.jsonl"
+    neon(
+        "final",
+        *mini.measuring,
+        "--base",
+        mini.base,
+        *models[4:6],
+        "--metrics",
+        "fid",
+        "--search",
+        search,
+        "--out",
+        final,
+    )
+    (tmp_path / "heldout").symlink_to(mini.data.parent / "heldout")
+    (tmp_path / "train").symlink_to(mini.data)
+    command = ["--data", tmp_path, "--rows", final, "--seeds", "50-69", "--out", out]
+    assert copies(*command).returncode == 0
+    plain = pd.read_csv(out)
+    done = copies(*command, *mini.features, "--ref", ref)
+    assert done.returncode == 0, done.stderr
+    found = pd.read_csv(out)
+    assert list(found) == [*plain, "authpct"] and found.drop(columns="authpct").equals(plain)
+    extractor, training = load_extractor(mini.features[1]), load_reference(ref).features
+    images = images_of(rows_of(final)[0], torch.arange(50, 70), 20, "cpu")
+    expected = around_real(training, extractor(images.expand(-1, 3, -1, -1)).features).authpct
+    assert found["authpct"][0] == pytest.approx(expected, abs=1e-3) and 0 < expected <= 100
+    out.unlink()
+    np.savez(tmp_path / "plain.npz", mu=np.zeros(16), sigma=np.eye(16))
+    for options, said in {
+        ("--ref", ref): "AuthPct needs both --features and --ref",
+        (*mini.features, "--ref", tmp_path / "plain.npz"): "has no features, which AuthPct compares with",
+    }.items():
+        done = copies(*command, *options)
+        assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1 and not out.exists()
+
+
+def copies(*words):
+    """`python -m report.copies …`, which starts processes of its own."""
+    command = [BIN / "python", "-m", "report.copies", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
 def test_copies_of_a_search(tmp_path):
     digits = write_images(tmp_path / "train", (1, 8, 8), 3, 2)
     shutil.copytree(digits, tmp_path / "heldout")
     search = write(tmp_path / "rows/search/imm4/0.jsonl", [row(0.0, 10, 0, 0)])
-    command = ["report.copies", "--data", tmp_path, "--rows", search, "--seeds", "0-3", "--out", tmp_path / "out.csv"]
-    done = subprocess.run([BIN / "python", "-m", *command], capture_output=True, text=True, timeout=120)
+    done = copies("--data", tmp_path, "--rows", search, "--seeds", "0-3", "--out", tmp_path / "out.csv")
     assert done.returncode == 1 and done.stderr == f"error: {search}: not what `neon final` wrote\n"
     assert not (tmp_path / "out.csv").exists()
 

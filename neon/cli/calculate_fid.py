@@ -17,6 +17,7 @@ from neon.cli.options import (
     precision_of,
     processes,
     sampling_options,
+    say_metrics,
 )
 from neon.fetch import local
 from neon.files import duration, existing, write_json
@@ -70,6 +71,7 @@ def calculate_fid(
         if here.device.type == "cpu" and args.device is None and here.rank == 0:
             extractor = _says_how_long(extractor, -(-len(seeds) // here.size))
         metrics = parse_metrics(args.metrics, extractor, reference)
+        say_metrics(args, metrics, here)
         evaluation = Evaluation(seeds, extractor, reference, metrics, batch_size, here)
         options = loading(args, family) | options
         precision = precision_of(args, family, here)
@@ -77,7 +79,7 @@ def calculate_fid(
         model = describe(candidates.model)
         row = measure(candidates, evaluation, sampling_options(args, family), Point(), class_idx)
         if here.rank == 0:
-            values = "  ".join(f"{title(m)} {row[m]:.4f}" for m in metrics)
+            values = "  ".join(f"{title(m, extractor.name)} {row[m]:.4f}" for m in metrics)
             print(f"{values}  ({model}, {row['n']} images, {time.monotonic() - started:.1f} s)")
             if args.out:
                 write_json(args.out, row)

@@ -13,7 +13,16 @@ from neon.card import card_of, check_repo, check_token, files_of, push, readme
 from neon.cli.controls import run_control  # noqa: F401, it is a command
 from neon.cli.found import chosen_row, lines, record, verdict, write_csv
 from neon.cli.merging import run_extract_lora, run_merge  # noqa: F401, they are commands
-from neon.cli.options import OF_A_MODEL, loading, method_of, option_of, precision_of, processes, sampling_options
+from neon.cli.options import (
+    OF_A_MODEL,
+    loading,
+    method_of,
+    option_of,
+    precision_of,
+    processes,
+    sampling_options,
+    say_metrics,
+)
 from neon.cli.show import results, summary, terminal_plot
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
@@ -25,7 +34,7 @@ from neon.generate import generate
 from neon.images import evaluation_of, measure_images
 from neon.measure.candidates import BY, Candidates, Point
 from neon.measure.compare import Difference, fid_difference
-from neon.measure.evaluate import Evaluation, parse_metrics, reference_of
+from neon.measure.evaluate import SETS, Evaluation, parse_metrics, reference_of
 from neon.measure.features import load_extractor
 from neon.measure.kept import folder_of
 from neon.measure.metrics import load_reference, save_reference
@@ -170,6 +179,7 @@ def _evaluation(args, here):
     reference = load_reference(existing(args.ref))  # first: it costs nothing, and the extractor may be a download
     extractor = load_extractor(args.features, here.device)
     metrics = parse_metrics(args.metrics, extractor, reference)
+    say_metrics(args, metrics, here)
     return Evaluation(parse_seeds(args.seeds), extractor, reference, metrics, args.batch_size, here)
 
 
@@ -203,6 +213,7 @@ def _evaluate_images(args) -> None:
     with world(args.device, bool(args.tf32)) as here:
         reference = load_reference(existing(args.ref))
         evaluation = evaluation_of(images, args.features, reference, args.metrics, args.batch_size, here)
+        say_metrics(args, evaluation.metrics, here)
         row = measure_images(images, evaluation, folder_of(args.out) if args.keep_features else None)
         if here.rank == 0:
             print("  ".join([args.images, *results(row, evaluation.metrics)]))
@@ -211,7 +222,7 @@ def _evaluate_images(args) -> None:
 
 
 def run_search(args) -> None:
-    if not {"fid", "all"} & set(args.metrics.split(",")):
+    if not {"fid", *SETS} & set(args.metrics.split(",")):
         raise NeonError("a search goes by FID: let --metrics begin with fid")
     family = get_family(args.family)
     trained = [str(existing(path)) for folder in args.selftrained for path in snapshots(folder)]

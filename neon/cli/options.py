@@ -171,12 +171,22 @@ def add_fields(p, options: type) -> None:
 
 
 def add_metrics(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--features", default="inception", help="inception[:PATH], inception:random, digits:PATH")
+    p.add_argument(
+        "--features", default="inception", help="inception[:PATH], inception:random, dinov2:PATH, digits:PATH"
+    )
     p.add_argument(
         "--metrics",
-        default="fid,is",
-        help="of fid, is, kid, precision, recall (default %(default)s); all: what the reference and features allow",
+        default="auto",
+        help="of fid, is, kid, precision, recall, density, coverage, authpct, mind, say fid,kid; auto (the default):"
+        " fid, is where the features have classes, kid where the reference holds features; all: what the reference and"
+        " the features allow",
     )
+
+
+def say_metrics(args, metrics: Sequence[str], here) -> None:
+    """Print on the first rank which metrics were chosen for the user."""
+    if args.metrics in ("auto", "all") and here.rank == 0:
+        print(f"metrics: {', '.join(metrics)}", flush=True)
 
 
 def add_training(p: argparse.ArgumentParser, family) -> None:

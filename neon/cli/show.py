@@ -25,7 +25,8 @@ def summary(row: Mapping, metrics: Sequence[str], varying: Sequence[str] = ()) -
 
 def results(row: Mapping, metrics: Sequence[str]) -> list[str]:
     """['FID 12.3 ± 0.4', …, 'n 5000', '3.2 s']."""
-    return [*(f"{title(m)} {with_error(row, m)}" for m in metrics), f"n {row['n']}", f"{row['seconds']:.1f} s"]
+    named = (f"{title(m, row.get('features', ''))} {with_error(row, m)}" for m in metrics)
+    return [*named, f"n {row['n']}", f"{row['seconds']:.1f} s"]
 
 
 def with_error(row: Mapping, metric: str) -> str:

@@ -11,27 +11,32 @@ from neon import Diverged, NeonError
 from neon.data import ImageSet
 from neon.distributed import World
 from neon.files import progress
-from neon.measure import metrics
+from neon.measure import manifold, metrics
 from neon.measure.features import Extractor, Features
 from neon.measure.kept import Kept, joined
 from neon.measure.metrics import InceptionScore, Moments, Reference
+from neon.measure.mind import mind
 from neon.sampling import shard
 
 ALONE = World()
-METRICS = ("fid", "is", "kid", "precision", "recall")
+METRICS = ("fid", "is", "kid", "precision", "recall", "density", "coverage", "authpct", "mind")
+SETS = {"auto": ("fid", "is", "kid"), "all": METRICS}  # of which those are measured that are possible
+TITLES = {"authpct": "AuthPct", "mind": "MIND"}
 
 
-def title(metric: str) -> str:
-    """'fid' → 'FID', 'recall' → 'recall'."""
-    return metric.upper() if len(metric) < 4 else metric
+def title(metric: str, features: str = "") -> str:
+    """'fid' → 'FID', 'recall' → 'recall'. features: the extractor's name; FID is of Inception, not of DINOv2."""
+    if metric == "fid" and features.startswith("dinov2"):
+        return "FD (DINOv2)"
+    return TITLES.get(metric, metric.upper() if len(metric) < 4 else metric)
 
 
 def parse_metrics(text: str, extractor: Extractor, reference: Reference) -> tuple[str, ...]:
-    """'fid,is' → its parts; 'all' → every metric that the extractor and the reference allow."""
-    if text != "all":
+    """'fid,is' → its parts; a name of SETS → those of its metrics that the extractor and the reference allow."""
+    if text not in SETS:
         return tuple(text.split(","))
     allowed = {"fid": True, "is": bool(extractor.classes)}
-    return tuple(m for m in METRICS if allowed.get(m, reference.features is not None))
+    return tuple(m for m in SETS[text] if allowed.get(m, reference.features is not None))
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Evaluation:
         if self.extractor.dim != len(self.reference.mu):
             found, wanted = self.extractor.dim, len(self.reference.mu)
             raise NeonError(f"features have {found} dimensions, the reference {self.reference.name} has {wanted}")
+        if "is" in self.metrics and not self.extractor.classes:
+            raise NeonError(f"an inception score needs classes, which {self.extractor.name} does not have")
         if self.compares_features and self.reference.features is None:
             raise NeonError(
                 f"{self.reference.name} has no features, which {', '.join(self.compares_features)} compare with"
@@ -59,7 +66,7 @@ class Evaluation:
 
     @property
     def compares_features(self) -> tuple[str, ...]:
-        return tuple(m for m in self.metrics if m in ("kid", "precision", "recall"))
+        return tuple(m for m in self.metrics if m not in ("fid", "is"))
 
     def identity(self) -> dict:
         """What the numbers depend on besides the model, JSON values."""
@@ -82,8 +89,9 @@ class Evaluation:
         """Metrics of the images that `sample` makes: seeds (b,) → uint8 (b, 1 or 3, H, W).
 
         Every rank gets the same result. 'fid' adds 'fid_se', its sampling error at this n, 'is' adds 'is_std' over its
-        splits, 'kid' adds 'kid_std' over its subsets. keep: images whose features are kept there are not sampled, the
-        features of all are kept. Raises Diverged on every rank if it is raised on one.
+        splits, 'kid' adds 'kid_std' over its subsets, 'precision' and 'recall' add each other. keep: images whose
+        features are kept there are not sampled, the features of all are kept. Raises Diverged on every rank if it is
+        raised on one.
         """
         n, extractor, world = len(self.seeds), self.extractor, self.world
         known = keep.read(self.seeds, world) if keep else None
@@ -130,12 +138,26 @@ class Evaluation:
         if self.compares_features:
             generated = torch.cat(world.gather(own.features)).to(extractor.device)
             real = self.reference.features.to(extractor.device)
-            if "kid" in self.metrics:
-                result["kid"], result["kid_std"] = metrics.kid(generated, real, subset_size=min(1000, n, len(real)))
-            if {"precision", "recall"} & set(self.metrics):
-                precision, recall = metrics.precision_recall(real, generated)
-                result |= {"precision": precision, "recall": recall}
+            result |= self._compared(generated, real)
         return result
+
+    def _compared(self, generated: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
+        """The metrics that compare features (n, d) with those of real images (m, d)."""
+        wanted, found = set(self.metrics), {}
+        if wanted & {"precision", "recall"}:  # neither says much alone
+            wanted |= {"precision", "recall"}
+        if "kid" in wanted:
+            found["kid"], found["kid_std"] = metrics.kid(
+                generated, real, subset_size=min(1000, len(generated), len(real))
+            )
+        if wanted & set(manifold.AroundReal._fields):
+            near = manifold.around_real(real, generated)._asdict()
+            found |= {m: near[m] for m in METRICS if m in near.keys() & wanted}
+        if "recall" in wanted:
+            found["recall"] = manifold.recall(real, generated)
+        if "mind" in wanted:
+            found["mind"] = mind(generated, real)
+        return found
 
 
 def reference_of(

@@ -19,8 +19,12 @@ from neon.fetch import fetch
 from neon.files import sha256
 
 # What `--features NAME[:ARGUMENT]` may name: a function (argument, device) → Extractor, imported when it is asked for.
-EXTRACTORS = {"inception": "neon.measure.features:inception", "digits": "mini.features:digits"}
-SPECS = "inception, inception:PATH, inception:random, digits:PATH"
+EXTRACTORS = {
+    "inception": "neon.measure.features:inception",
+    "dinov2": "neon.measure.dinov2:dinov2",
+    "digits": "mini.features:digits",
+}
+SPECS = "inception, inception:PATH, inception:random, dinov2:PATH, digits:PATH"
 
 
 class Features(NamedTuple):
@@ -49,7 +53,7 @@ class Extractor:
 
 
 def load_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
-    """'inception' | 'inception:PATH' | 'inception:random' | 'digits:PATH' → extractor. Raises NeonError."""
+    """One of SPECS → extractor. Raises NeonError."""
     kind, _, argument = spec.partition(":")
     if kind not in EXTRACTORS:
         raise NeonError(f"no feature extractor {spec!r}; choose from: {SPECS}")
@@ -68,7 +72,7 @@ def inception(weights_path: str | os.PathLike | None = None, device: torch.devic
 
     random = weights_path == "random"
     path = None if random else Path(weights_path or _download_inception())
-    state = None if random else _load_state(path)
+    state = None if random else load_state(path, "InceptionV3")
 
     class Inception(FeatureExtractorInceptionV3):
         """The constructor would unpickle any file: give it an empty one, and here what was read safely."""
@@ -101,11 +105,12 @@ def _download_inception() -> Path:
     return path
 
 
-def _load_state(path: Path) -> dict[str, torch.Tensor]:
+def load_state(path: Path, network: str) -> dict[str, torch.Tensor]:
+    """What torch.save wrote, without running anything in it. Raises NeonError; network: its name there."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise NeonError(f"no InceptionV3 weights at {path}") from None
+        raise NeonError(f"no {network} weights at {path}") from None
     except Exception:  # torch.load raises whatever a broken file provokes
         raise NeonError(f"{path} is not a file of PyTorch weights") from None
 

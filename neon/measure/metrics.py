@@ -2,8 +2,8 @@
 
 All statistics are float64 and streaming, on the device of the features: a batch is added as soon as it
 is sampled, ranks are combined at the end, images are never stored. Definitions and numbers are those of
-torch-fidelity 0.4.0, the random subsets and permutations included. One default differs: precision and recall look at
-k = 5 neighbours, as the paper does; torch-fidelity's default is 3.
+torch-fidelity 0.4.0, the random subsets and permutations included. What looks at neighbours is in manifold.py, the
+sliced distance in mind.py.
 """
 
 import math
@@ -84,7 +84,7 @@ class Moments:
 class Reference:
     """Statistics of the real images.
 
-    mu: (d,) float64; sigma: (d, d) float64; features: (m, d) float32 for KID, precision and recall, or None;
+    mu: (d,) float64; sigma: (d, d) float64; features: (m, d) float32 for what compares images, or None;
     sha256: of the file it was read from, or None; stored_root: `root` as that file has it, or None.
     """
 
@@ -304,7 +304,7 @@ def kid(
 
     features (n, d) generated, real (m, d); computed in float64 on the device of `features`. Raises NeonError.
     """
-    x, y = _float64(features, real)
+    x, y = in_float64(features, real)
     if min(len(x), len(y)) < subset_size:
         raise NeonError(f"KID subsets of {subset_size} need as many images, got {len(x)} generated and {len(y)} real")
 
@@ -320,27 +320,7 @@ def kid(
     return float(np.mean(values)), float(np.std(values))
 
 
-def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 5) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019) of (n, d) features with k nearest neighbours.
-
-    Precision: the fraction of generated images in the manifold of the real ones; recall: the converse.
-    Raises NeonError.
-    """
-    real, generated = _float64(real, generated)
-    if min(len(real), len(generated)) <= k:
-        raise NeonError(f"k = {k} needs more than {k} images, got {len(real)} real and {len(generated)} generated")
-    return _inside(generated, real, k), _inside(real, generated, k)
-
-
-def _inside(points: torch.Tensor, manifold: torch.Tensor, k: int, rows: int = 1024) -> float:
-    """Fraction of points within at least one ball that reaches from a manifold point to its k-th neighbour."""
-    # The nearest neighbour of a point is itself, hence k + 1. Blocks of rows bound the memory.
-    radii = torch.cat([torch.cdist(block, manifold).kthvalue(k + 1).values for block in manifold.split(rows)])
-    inside = [(torch.cdist(block, manifold) <= radii).any(1) for block in points.split(rows)]
-    return int(torch.cat(inside).sum()) / len(points)
-
-
-def _float64(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def in_float64(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both on the device of a, in float64: in float32 (or worse, TF32) differences of large products lose digits."""
     a, b = (torch.as_tensor(x).double() for x in (a, b))
     if a.shape[1] != b.shape[1]:
