@@ -378,10 +378,25 @@ def test_final_samples_and_measures_as_the_search_did(mini, searched, tmp_path):
     save_digits_cnn(DigitsCNN(16), other)
     message = error_of(*final(mini, out, searched, "--features", f"digits:{other}"))
     assert "the search had features digits-" in message and not out.exists()
+    reference = tmp_path / "other.npz"
+    neon("reference", "--images", mini.data, "--features", f"digits:{other}", "--out", reference)
+    judged = tmp_path / "judged.jsonl"
+    printed = neon(
+        *final(mini, judged, searched, "--features", f"digits:{other}", "--ref", reference, "--other_features")
+    )
+    assert {row["features"] for row in rows(judged)}.isdisjoint(row["features"] for row in rows(searched))
+    assert len(rows(judged)) == 3 and "warning" not in printed
     path = tmp_path / "swept.jsonl"
     neon(*search(mini, path, "--grid", "num_steps=2,3", w="0,1"))
     neon(*final(mini, out, path))  # num_steps is 4 here, but was swept
     assert {row["num_steps"] for row in rows(out)} <= {2, 3}
+
+
+def test_final_on_images_that_chose_w_warns(mini, searched, tmp_path):
+    seeds = str(rows(searched)[0]["seeds"])
+    first, _, last = seeds.partition("-")
+    printed = neon(*final(mini, tmp_path / "final.jsonl", searched, "--seeds", f"{first}-{int(last) + 3}"))
+    assert f"warning: the search measured {int(last) - int(first) + 1} of these images too" in printed
 
 
 def test_replace(mini, tmp_path):
