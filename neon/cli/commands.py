@@ -141,11 +141,10 @@ def run_generate(args) -> None:
     with processes(args, family) as here:
         candidates, options = _candidates(args, args.model, family, here), sampling_options(args, family)
         model = candidates.load(None, 0.0)
-        identity = sampled_by(candidates, here, options) | {"seeds": args.seeds}
-        draw = partial(images_of_seeds, family, model, **options)
+        draw, decided = partial(images_of_seeds, family, model, **options), {}
         if change:
             noise_map_of(family)(model, seeds[:1], family.labels(model, seeds[:1]), **options)  # its errors first
-            draw, identity = partial(gmo.images, family, model, change, **options), identity | change.identity()
+            draw, decided = partial(gmo.images, family, model, change, **options), change.identity()
             if here.rank == 0:
                 print(change, flush=True)
         generate(
@@ -153,7 +152,7 @@ def run_generate(args) -> None:
             seeds,
             partial(family.labels, model),
             args.out,
-            identity=identity,
+            identity=sampled_by(candidates, here, options) | {"seeds": args.seeds} | decided,
             batch=args.batch_size,
             world=here,
             replace=args.replace,
