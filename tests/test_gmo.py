@@ -369,7 +369,7 @@ def test_a_family_of_ones_own_as_its_page_has_it(tmp_path):
     modified = gmo.images(own, model, Modification(0.5), SEEDS, num_steps=3)
     assert modified.shape == images.shape and not torch.equal(modified, images)
     with pytest.raises(
-        NeonError, match=r"my_family\.py: this family's sampler is not a differentiable map of its noise"
+        NeonError, match=r"my_family\.py: this family's sampler is not a differentiable map"
     ):
         gmo.images(plain, model, Modification(0.5), SEEDS, num_steps=3)
 
