@@ -26,7 +26,7 @@ ASSUMPTIONS = (
     "search: at most; a surface has no more evaluations than given, a grid is counted without its early stop",
     "final: at most; roles that are the same point are measured once",
     "dopri5, whose steps depend on the image: as many passes as Tong et al. (2024) report for OT-CFM on CIFAR-10",
-    "generate with --gmo: passes as neon/gmo.py counts them, J v as two and Jᵀ w as one",
+    "generate with --gmo: at most; passes as neon/gmo.py counts them, J v as three and Jᵀ w as one",
     "disk: at most; PNGs as large as their pixels, a state of each training, features of every search in float32,"
     " DVC's copy of what it caches (none with reflinks)",
     "not counted: element-wise work, the optimizer, reading and writing, metrics, notebooks; the utilisation allows for"
