@@ -21,8 +21,8 @@ from neon.family import Family, noise_map_of
 from neon.sampling import Streams
 
 # What a product costs in passes of the sampler, at most. J v computes the outputs again with their derivative: two, and
-# three of convolutions, for PyTorch also multiplies by a derivative of their weights, which is 0. Jᵀ w goes back through
-# outputs that are kept.
+# three of convolutions, for PyTorch also multiplies by the derivative of their weights, which is 0. Jᵀ w goes back
+# through outputs that are kept.
 JVP, VJP = 3, 1
 CONTROLS = ("noise",)
 
