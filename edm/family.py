@@ -14,9 +14,9 @@ from edm.loss import Draws, edm_loss
 from edm.loss import draw as draw_numbers
 from edm.network import EDMPrecond
 from edm.sampler import sample as edm_sample
-from edm.sampler import start
+from edm.sampler import sampler_of, start
 from neon import NeonError
-from neon.family import check_images, named, option
+from neon.family import NoiseMap, check_images, named, option
 from neon.precision import network
 from neon.sampling import from_uint8
 from neon.weights import network as recorded
@@ -98,6 +98,13 @@ def labels(model: EDMPrecond, seeds: torch.Tensor) -> torch.Tensor | None:
 def sample(model: EDMPrecond, seeds: torch.Tensor, labels: torch.Tensor | None, **sampling) -> torch.Tensor:
     """uint8 (N, C, R, R); sampling: fields of Sampling."""
     return edm_sample(model, seeds, labels, next(model.parameters()).device, **sampling)
+
+
+def noise_map(model: EDMPrecond, seeds: torch.Tensor, labels: torch.Tensor | None, **sampling) -> NoiseMap:
+    """Raises NeonError if s_churn > 0."""
+    if sampling.get("s_churn", 0) > 0:
+        raise NeonError("EDM's sampler with s_churn > 0 adds noise at each step, so it is no map of its first noise")
+    return sampler_of(model, seeds, labels, next(model.parameters()).device, **sampling)
 
 
 def check(model: EDMPrecond, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -9,10 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from neon import NeonError
+from neon.family import NoiseMap
 from neon.sampling import Streams, to_uint8
 from neon.sampling import start as draw_start
 
 
+@torch.no_grad()
 def sample(
     net: nn.Module,
     seeds: torch.Tensor | Sequence[int],
@@ -25,9 +28,24 @@ def sample(
     class_idx: (N,) int64, or None: a class-conditional net then gets the classes drawn by `start`.
     net: in eval mode, on `device`. Raises NeonError.
     """
+    return sampler_of(net, seeds, class_idx, device, **options).images()
+
+
+def sampler_of(
+    net: nn.Module,
+    seeds: torch.Tensor | Sequence[int],
+    class_idx: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **options,
+) -> NoiseMap:
+    """`sample` in its parts. The noise is float64; with s_churn > 0 the map draws more of it at each call."""
     latents, class_idx, streams = start(net, seeds, class_idx, device)
     class_labels = None if class_idx is None else F.one_hot(class_idx, net.label_dim)
-    return to_uint8(edm_sampler(net, latents, class_labels, streams, **options), nearest=True)
+    return NoiseMap(
+        latents.double(),
+        lambda z: edm_sampler(net, z, class_labels, streams, **options),
+        partial(to_uint8, nearest=True),
+    )
 
 
 def start(
@@ -41,7 +59,6 @@ def start(
     return draw_start(seeds, shape, net.label_dim, class_idx, device)
 
 
-@torch.no_grad()
 def edm_sampler(
     net: nn.Module,
     latents: torch.Tensor,
@@ -62,7 +79,8 @@ def edm_sampler(
     net(x float64, sigma 0-d, class_labels) → denoised x; its own sigma_min, sigma_max bound the schedule.
     latents: (N, C, H, W) standard normals. solver: "heun", 2·num_steps - 1 evaluations of the net, or "euler",
     num_steps evaluations. s_churn > 0 adds noise from `streams`, drawn at every step. Without it nothing is drawn:
-    EDM draws all the same, but nothing after depends on it. Raises NeonError.
+    EDM draws all the same, but nothing after depends on it. It runs with the gradients that its caller allows.
+    Raises NeonError.
     """
     if solver not in ("heun", "euler"):
         raise NeonError(f"unknown solver {solver!r}, choose heun or euler")

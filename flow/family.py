@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,8 @@ from flow.configs import NETWORKS, PRESETS, RECIPES
 from flow.loss import Draws, flow_loss, nearest_pairs
 from flow.network import UNet
 from flow.sampler import flow_sampler
-from neon.family import check_images, named, option
+from neon import NeonError
+from neon.family import NoiseMap, check_images, named, option
 from neon.precision import autocast, network
 from neon.sampling import from_uint8, start, to_uint8
 from neon.weights import network as recorded
@@ -89,8 +91,21 @@ def labels(model: UNet, seeds: torch.Tensor) -> torch.Tensor | None:
     return start(seeds, model.dim, model.num_classes, device=_device(model))[1].cpu()
 
 
+@torch.no_grad()
 def sample(model: UNet, seeds: torch.Tensor, labels: torch.Tensor | None, **sampling) -> torch.Tensor:
     """uint8 (N, C, H, W); sampling: fields of Sampling. The state is float64, the network computes in its precision."""
+    return _sampler(model, seeds, labels, **sampling).images()
+
+
+def noise_map(model: UNet, seeds: torch.Tensor, labels: torch.Tensor | None, **sampling) -> NoiseMap:
+    """Raises NeonError for dopri5, whose steps depend on the noise."""
+    if sampling.get("solver", Sampling.solver) == "dopri5":
+        raise NeonError("the steps of dopri5 depend on the noise: choose --solver heun or euler for a fixed map")
+    return _sampler(model, seeds, labels, **sampling)
+
+
+def _sampler(model: UNet, seeds: torch.Tensor, labels: torch.Tensor | None, **sampling) -> NoiseMap:
+    """The noise is float64."""
     device = _device(model)
     noise, labels, _ = start(seeds, model.dim, model.num_classes, labels, device)
 
@@ -98,7 +113,9 @@ def sample(model: UNet, seeds: torch.Tensor, labels: torch.Tensor | None, **samp
         with autocast(device, network(model.precision)):
             return model(x.float(), t, labels).double()
 
-    return to_uint8(flow_sampler(velocity, noise.double(), labels, **sampling), nearest=True)
+    return NoiseMap(
+        noise.double(), lambda z: flow_sampler(velocity, z, labels, **sampling), partial(to_uint8, nearest=True)
+    )
 
 
 def check(model: UNet, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:

@@ -24,7 +24,6 @@ SMALLEST_STEP = 1e-7
 Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-@torch.no_grad()
 def flow_sampler(
     velocity: Velocity,
     x: torch.Tensor,
@@ -36,7 +35,8 @@ def flow_sampler(
     """Solve dx/dt = velocity(x, t, labels) from t = 0 to 1; x: (N, …) float64 → its value at t = 1.
 
     solver: 'euler' or 'heun' take num_steps equal steps, of one and two evaluations each; t is then a scalar.
-    'dopri5' chooses its steps by the tolerance; t is then (N,). Raises NeonError.
+    'dopri5' chooses its steps by the tolerance; t is then (N,). It runs with the gradients that its
+    caller allows. Raises NeonError.
     """
     if solver == "dopri5":
         return dopri5(velocity, x, labels, tol)

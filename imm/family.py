@@ -14,9 +14,9 @@ from imm.autoencoder import StableDiffusionVAE, find_vae
 from imm.configs import NETWORKS, PRESETS, RECIPES
 from imm.latents import decode, encode, sample_posterior
 from imm.network import IMMPrecond
-from imm.sampler import sample as sample_net
+from imm.sampler import jumps, start_noise
 from neon import NeonError
-from neon.family import check_images, named, option
+from neon.family import NoiseMap, check_images, named, option
 from neon.precision import autocast, decoder, network
 from neon.sampling import Streams, from_uint8, to_uint8
 from neon.weights import network as recorded
@@ -113,16 +113,28 @@ def labels(model: IMM, seeds: torch.Tensor) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def sample(
+def sample(model: IMM, seeds: torch.Tensor, labels: torch.Tensor | None, **sampling) -> torch.Tensor:
+    """uint8 (N, C, H, W); sampling: fields of Sampling."""
+    return noise_map(model, seeds, labels, **sampling).images()
+
+
+def noise_map(
     model: IMM, seeds: torch.Tensor, labels: torch.Tensor | None, *, num_steps: int, cfg_scale: float, schedule: str
-) -> torch.Tensor:
-    """uint8 (N, C, H, W); options: fields of Sampling."""
+) -> NoiseMap:
+    """The noise and the latents are float64."""
     device = model.net.model.pos_embed.device
     guidance = None if labels is None or cfg_scale == 1 else cfg_scale
-    with autocast(device, network(model.precision)):
-        x = sample_net(model.net, Streams(seeds, device), labels, steps=num_steps, cfg=guidance, kind=schedule)
-    with autocast(device, decoder(model.precision)):
-        return decode(model.vae, x) if model.vae else to_uint8(2 * x)
+    jump = jumps(model.net, labels, steps=num_steps, cfg=guidance, kind=schedule)
+
+    def latents(x: torch.Tensor) -> torch.Tensor:
+        with autocast(device, network(model.precision)):
+            return jump(x)
+
+    def finish(x: torch.Tensor) -> torch.Tensor:
+        with autocast(device, decoder(model.precision)):
+            return decode(model.vae, x) if model.vae else to_uint8(2 * x)
+
+    return NoiseMap(start_noise(model.net, Streams(seeds, device)).double(), latents, finish)
 
 
 def check(model: IMM, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:

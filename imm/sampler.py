@@ -1,5 +1,6 @@
 """IMM's pushforward sampler: a few jumps from noise at time T to data at time eps."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -25,7 +26,6 @@ def schedule(net: IMMPrecond, steps: int, kind: str = "uniform", dtype: torch.dt
     raise NeonError(f"no schedule {kind!r} (uniform, edm)")
 
 
-@torch.no_grad()
 def pushforward(
     net: IMMPrecond,
     x: torch.Tensor,
@@ -36,7 +36,8 @@ def pushforward(
     """x (N, C, R, R) at times[0] → times[-1], through every time between, in the dtype of times.
 
     float64 times are the original sampler, float32 ones what Neon's scripts compute; they agree to about 1e-6.
-    class_labels (N, label_dim) one-hot or None; cfg: guidance scale or None.
+    class_labels (N, label_dim) one-hot or None; cfg: guidance scale or None. It runs with the gradients that its caller
+    allows.
     """
     x, times = x.to(times.dtype), times.to(x.device)
     for t, s in pairwise(times):
@@ -49,17 +50,26 @@ def start_noise(net: IMMPrecond, streams: Streams) -> torch.Tensor:
     return net.sigma_data * streams.randn((net.img_channels, net.img_resolution, net.img_resolution))
 
 
-def sample(
+@torch.no_grad()
+def sample(net: IMMPrecond, streams: Streams, labels: torch.Tensor | None, **options) -> torch.Tensor:
+    """One latent per stream, (N, C, R, R). labels, options: those of `jumps`."""
+    return jumps(net, labels, **options)(start_noise(net, streams))
+
+
+def jumps(
     net: IMMPrecond,
-    streams: Streams,
     labels: torch.Tensor | None,
     *,
     steps: int = 8,
     cfg: float | None = 1.5,
     kind: str = "uniform",
     dtype: torch.dtype = torch.float64,
-) -> torch.Tensor:
-    """One latent per stream, (N, C, R, R) of the given dtype. labels: (N,) int64 classes, or None for no class."""
-    x = start_noise(net, streams)
-    rows = None if labels is None else F.one_hot(labels.to(x.device), net.label_dim).float()
-    return pushforward(net, x, rows, schedule(net, steps, kind, dtype), cfg)
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x (N, C, R, R) at time T → latents of the given dtype. labels: (N,) int64 classes, or None for no class."""
+    times = schedule(net, steps, kind, dtype)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        rows = None if labels is None else F.one_hot(labels.to(x.device), net.label_dim).float()
+        return pushforward(net, x, rows, times, cfg)
+
+    return run

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from neon import NeonError
 from neon import precision as precisions
 from neon.dropout import masks_of
-from neon.family import Family, Recipe, named
+from neon.family import Family, NoiseMap, Recipe, named, noise_map_of
 from neon.guidance import Guide, check_guidable
 from neon.measure.features import load_extractor
 from neon.precision import DTYPES, autocast, on_meta
@@ -111,16 +111,25 @@ def sampling(
     options: Mapping[str, object],
     precision: str = "float32",
     guided: bool = False,
+    passes: int = 1,
 ) -> Cost:
     """Of an image of the family's sampler, decoded. options: fields of Sampling that are not at their defaults.
 
-    guided: by a second network, whose passes count too. Raises NeonError if it cannot be.
-    Steps that cost the same are counted once: the cost of n steps is that of two and (n - 2) times a third.
+    guided: by a second network, whose passes count too. passes: how often the way from noise to latents is passed
+    before one is decoded (neon.gmo). Steps that cost the same are counted once: the cost of n steps is that of two and
+    (n - 2) times a third. Raises NeonError if the sampler cannot be guided, or is no map of its noise for several
+    passes.
     """
-    chosen, field = family.countable(_defaults(family) | dict(options))
+    given = _defaults(family) | dict(options)
+    chosen, field = family.countable(given)
+    if passes > 1:
+        _map_on_meta(family, network, given)
 
     def cost(**changed) -> Cost:
-        found, _ = _sampling(family, network, tuple({**chosen, **changed}.items()), guided)
+        at = tuple({**chosen, **changed}.items())
+        found, _ = _sampling(family, network, at, guided)
+        if passes > 1:
+            found += _mapping(family, network, at) * (passes - 1)
         return found.with_precision({NETWORK: precisions.network(precision), DECODER: precisions.decoder(precision)})
 
     if (steps := chosen.get(field, 0)) <= 3:
@@ -143,6 +152,20 @@ def _sampling(
         shapes.append(family.sample(model, seeds, family.labels(model, seeds), **dict(options)).shape[1:])
 
     return count(model, family, run, *second) * (1 / BATCH), tuple(shapes[0])
+
+
+@lru_cache(maxsize=256)
+def _mapping(family: Family, network: str | Path, options: tuple) -> Cost:
+    """As _sampling, of the way from noise to latents alone."""
+    sampler = _map_on_meta(family, network, dict(options))
+    with torch.no_grad():
+        return count(_model(family, network), family, lambda: sampler.map(sampler.noise)) * (1 / BATCH)
+
+
+def _map_on_meta(family: Family, network: str | Path, options: Mapping[str, object]) -> NoiseMap:
+    model, seeds = _model(family, network), torch.arange(BATCH)
+    with _values():
+        return noise_map_of(family)(model, seeds, family.labels(model, seeds), **options)
 
 
 def training(family: Family, network: str | Path, recipe: Recipe) -> Cost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from neon import NeonError
 
@@ -200,6 +200,37 @@ class Family(Protocol):
         self, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None, draws: Draws, **options
     ) -> torch.Tensor:
         """Mean training loss of some images of a step, a scalar. draws: their rows of `draw`. options: Recipe.loss."""
+
+
+class NoiseMap(NamedTuple):
+    """A sampler as a map of its noise. Row i of each step depends on row i of the one before and on label i only."""
+
+    noise: torch.Tensor  # (N, …) float
+    map: Callable[[torch.Tensor], torch.Tensor]  # noise → (N, …) float: latents, or pixels before rounding
+    finish: Callable[[torch.Tensor], torch.Tensor]  # those → uint8 (N, C, H, W)
+
+    def images(self) -> torch.Tensor:
+        """What `sample` returns."""
+        return self.finish(self.map(self.noise))
+
+
+class Differentiable(Protocol):
+    """What a family may have next to the parts of Family: `neon generate --gmo` needs it."""
+
+    def noise_map(
+        self, model: torch.nn.Module, seeds: torch.Tensor, labels: torch.Tensor | None, **sampling
+    ) -> NoiseMap:
+        """The sampler, if it draws nothing after its noise and can be differentiated, forward and backward; parameters
+        as of sample. `map` runs with the gradients that its caller allows. Raises NeonError for other samplers."""
+
+
+def noise_map_of(family: Family) -> Callable[..., NoiseMap]:
+    """family.noise_map. Raises NeonError if there is none."""
+    if not hasattr(family, "noise_map"):
+        raise NeonError(
+            f"{family.name}: this family's sampler is not a differentiable map of its noise: --gmo needs a noise_map"
+        )
+    return family.noise_map
 
 
 def rows_of(draws: Draws, start: int, stop: int, n: int) -> Draws:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from neon import NeonError
-from neon.family import Family, Recipe
+from neon.family import Differentiable, Family, Recipe
 from neon.files import existing
 
 GROUP = "neon.families"  # of entry points: a module or any object that has the parts
@@ -165,8 +165,8 @@ def _adopted(parts: object, name: str) -> OwnFamily:
     if missing := [part for part in NEEDED if not hasattr(parts, part)]:
         raise NeonError(f"{name}: not a family, it lacks {', '.join(missing)} ({PAGE})")
     family = OwnFamily(parts, name)
-    for part, wanted in vars(Family).items():
-        if inspect.isfunction(wanted) and not part.startswith("_"):
+    for part, wanted in (vars(Family) | vars(Differentiable)).items():
+        if inspect.isfunction(wanted) and not part.startswith("_") and hasattr(family, part):
             _check_function(name, part, getattr(family, part), wanted)
     for part in ("recipes", "networks", "presets"):
         if not isinstance(getattr(family, part), Mapping):
@@ -204,4 +204,6 @@ def _check_options(name: str, part: str, options: object) -> None:
 
 
 def _parts_of_the_contract() -> list[str]:
-    return [*Family.__annotations__, *(part for part in vars(Family) if not part.startswith("_"))]
+    """Needed or not."""
+    functions = vars(Family) | vars(Differentiable)
+    return [*Family.__annotations__, *(part for part in functions if not part.startswith("_"))]

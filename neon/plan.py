@@ -11,6 +11,7 @@ from neon.cost import TF32, Cost, Device, features, image_shape, sampling, sizes
 from neon.family import Family, Recipe, get_family, named
 from neon.fetch import TABLE, read_table
 from neon.files import existing
+from neon.gmo import modification
 from neon.sampling import parse_seeds
 from neon.search import parse_grid
 
@@ -25,6 +26,7 @@ ASSUMPTIONS = (
     "search: at most; a surface has no more evaluations than given, a grid is counted without its early stop",
     "final: at most; roles that are the same point are measured once",
     "dopri5, whose steps depend on the image: as many passes as Tong et al. (2024) report for OT-CFM on CIFAR-10",
+    "generate with --gmo: at most; passes as neon/gmo.py counts them, J v as three and Jᵀ w as one",
     "disk: at most; PNGs as large as their pixels, a state of each training, features of every search in float32,"
     " DVC's copy of what it caches (none with reflinks)",
     "not counted: element-wise work, the optimizer, reading and writing, metrics, notebooks; the utilisation allows for"
@@ -77,8 +79,15 @@ def sampled(
     precision: str,
     tf32: bool,
     guided: bool = False,
+    passes: int = 1,
 ) -> Cost:
-    return sampling(family, network, options, precision, guided).with_precision(TF32 if tf32 else {})
+    return sampling(family, network, options, precision, guided, passes).with_precision(TF32 if tf32 else {})
+
+
+def passes_of(options: Mapping[str, object]) -> int:
+    """The work of `neon generate` an image, in passes of the sampler. options: --gmo and its like among them."""
+    change = modification(options)
+    return change.passes if change else 1
 
 
 def measured(
@@ -279,8 +288,11 @@ class _Plan:
 
     def generated(self, name: str, item: Mapping) -> Row:
         family, network = self.network(item, item["base"])
-        precision = (item.get("compute") or {}).get("precision") or self.precision(family)
-        each = sampled(family, network, item.get("sampling") or {}, precision, self.tf32(family))
+        compute = item.get("compute") or {}
+        precision = compute.get("precision") or self.precision(family)
+        each = sampled(
+            family, network, item.get("sampling") or {}, precision, self.tf32(family), passes=passes_of(compute)
+        )
         images = len(parse_seeds(str(item["synthetic"])))
         disk = synthetic_bytes(family, network, images)
         return Row("generate", name, name, 0, images, each, disk, disk)

@@ -122,6 +122,16 @@ def test_a_snapshot_loads_and_samples_alike(case):
     assert not set(buffers) & {name for name, _ in family.weights(model).named_parameters()}
 
 
+def test_a_noise_map_is_the_sampler_in_its_parts(case):
+    """Of families that have one (neon.family.Differentiable); tests/test_gmo.py differentiates it."""
+    family, model, seeds = case.family, case.model(), torch.tensor([3, 5])
+    assert hasattr(family, "noise_map") == (family.name in ("edm", "flow", "imm"))
+    if hasattr(family, "noise_map"):
+        labels = family.labels(model, seeds)
+        found = family.noise_map(model, seeds, labels, **case.sampling).images()
+        assert torch.equal(found, family.sample(model, seeds, labels, **case.sampling))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_images_that_are_not_finite_are_refused(case, value):
     model = case.model()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from neon import NeonError
+from neon import NeonError, gmo
 from neon.card import card_of, check_repo, check_token, files_of, push, readme
 from neon.cli.controls import run_control  # noqa: F401, it is a command
 from neon.cli.found import chosen_row, lines, record, verdict, write_csv
@@ -26,7 +26,7 @@ from neon.cli.options import (
 from neon.cli.show import results, summary, terminal_plot
 from neon.data import ImageSet, contact_sheet, encode_png
 from neon.distributed import world
-from neon.family import get_family, named
+from neon.family import get_family, named, noise_map_of
 from neon.fetch import GROUPS, TABLE, choose, fetch_row, pinned, read_table
 from neon.files import atomic, discard, existing, same_file, sha256, write_json
 from neon.final import check_made_alike, check_sampled_alike, final_points, in_common
@@ -147,20 +147,36 @@ def run_train(args) -> None:
 
 def run_generate(args) -> None:
     family, seeds = get_family(args.family), parse_seeds(args.seeds)
+    change = _modification(args, family)
     with processes(args, family) as here:
         candidates, options = _candidates(args, args.model, family, here), sampling_options(args, family)
         model = candidates.load(None, 0.0)
+        draw, decided = partial(images_of_seeds, family, model, **options), {}
+        if change:
+            noise_map_of(family)(model, seeds[:1], family.labels(model, seeds[:1]), **options)  # its errors first
+            draw, decided = partial(gmo.images, family, model, change, **options), change.identity()
+            if here.rank == 0:
+                print(change, flush=True)
         generate(
-            partial(images_of_seeds, family, model, **options),
+            draw,
             seeds,
             partial(family.labels, model),
             args.out,
-            identity=sampled_by(candidates, here, options) | {"seeds": args.seeds},
+            identity=sampled_by(candidates, here, options) | {"seeds": args.seeds} | decided,
             batch=args.batch_size,
             world=here,
             replace=args.replace,
             shard=args.shard,
         )
+
+
+def _modification(args, family) -> gmo.Modification | None:
+    """What --gmo asks for. Raises NeonError if the family or the options do not go with it."""
+    if change := gmo.modification(vars(args)):
+        noise_map_of(family)
+        if args.compile:
+            raise NeonError("--gmo differentiates the network, which --compile does not allow: leave one out")
+    return change
 
 
 def _candidates(args, base, family, here, by=Candidates.by):

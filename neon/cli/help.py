@@ -39,6 +39,7 @@ EXAMPLES = {
     "generate": [
         "neon generate --family edm --model checkpoints/base.pkl --seeds 0-5999 --out S",
         "neon generate --preset edm_cifar10_cond --out S",
+        "neon generate --family imm --model base.pkl --num_steps 1 --gmo 0.1 --seeds 0-5999 --out S",
     ],
     "evaluate": [
         f"neon evaluate --family edm --model checkpoints/base.pkl --seeds 0-49999 {REF}",

@@ -222,6 +222,17 @@ def add_sampling(p: argparse.ArgumentParser, family) -> None:
         add_inference(p, family)
 
 
+def add_gmo(p: argparse.ArgumentParser) -> None:
+    """A modification of the samples; defaults are those of neon.gmo."""
+    gmo = p.add_argument_group("a stronger S (GMO, docs/gmo.md), of edm, flow and imm")
+    gmo.add_argument("--gmo", type=float, metavar="ALPHA", help="modify the samples; the paper: 0.05 to 0.2")
+    gmo.add_argument("--gmo_iterations", type=count, metavar="N", help="of the power iteration (default: 20)")
+    gmo.add_argument("--gmo_probes", type=count, metavar="N", help="of the energy's estimate (default: 20)")
+    gmo.add_argument(
+        "--gmo_control", choices=["noise"], help="in its place Gaussian noise of the same RMS per image, a control"
+    )
+
+
 def add_evaluation(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ref", required=True, help="reference statistics, .npz with mu and sigma")
     add_metrics(p)

@@ -13,6 +13,7 @@ from neon.cli.options import (
     add_family,
     add_fields,
     add_file,
+    add_gmo,
     add_model,
     add_pair,
     add_preset,
@@ -165,6 +166,7 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping], measured: bool)
     p.add_argument("--shard", type=count, help="images per .zip, so that large sets are few files (default: no .zip)")
     add_replace(p)
     add_sampling(p, family)
+    add_gmo(p)
     add_dry_run(p)
     add_preset(p, chosen("generate"))
 

@@ -23,6 +23,7 @@ from neon.plan import (
     evaluations_of,
     measured,
     network_of,
+    passes_of,
     plan,
     sampled,
     snapshots_of,
@@ -45,7 +46,9 @@ def run_plan(args) -> None:
 def run_generate(args) -> None:
     family, images = get_family(args.family), len(parse_seeds(args.seeds))
     network = network_of(family, args.model, preset=args.preset)
-    each = sampled(family, network, sampling_options(args, family), *_exactness(args, family))
+    each = sampled(
+        family, network, sampling_options(args, family), *_exactness(args, family), passes=passes_of(vars(args))
+    )
     disk = synthetic_bytes(family, network, images)
     _say(args, f"would write {images:,} images of {args.model} to {args.out}", Row("", "", "", 0, images, each, disk))
 
