@@ -10,12 +10,14 @@ partner. The batches are run through twice, first for their sums and then for th
 gradients are held at a time, not all.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+from scipy.special import ndtri, stdtrit
 
 from neon import NeonError
 from neon.dropout import masks_of
@@ -219,14 +221,18 @@ def pseudo_values(rows: np.ndarray) -> np.ndarray:
 
 
 def interval(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """Of the mean of values (K,): a studentised bootstrap, whose intervals are right for few values also."""
-    n, mean = len(values), values.mean()
-    again = values[_resampled(n, seed)]
-    error, errors = (x.std(-1, ddof=1) / n**0.5 for x in (values, again))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = (again.mean(1) - mean) / errors
-    low, high = np.quantile(t[np.isfinite(t)], _tails()) if np.isfinite(t).any() else (0.0, 0.0)
-    return float(mean - high * error), float(mean - low * error)
+    """Of the mean of values (K,): see `bounds`."""
+    return bounds(values.mean(), values[_resampled(len(values), seed)].mean(1), len(values))
+
+
+def bounds(estimate: float, again: np.ndarray, n: int) -> tuple[float, float]:
+    """Percentiles of the resampled estimates, moved away from the estimate as Student's t of n − 1 degrees is wider
+    than the normal distribution: percentiles alone are too narrow for few batches. NaN are left out; ±∞ may be there.
+    """
+    tails = (1 - LEVEL) / 2, (1 + LEVEL) / 2
+    wider = stdtrit(n - 1, tails[1]) / ndtri(tails[1]) * (n / (n - 1)) ** 0.5
+    low, high = np.quantile(again[~np.isnan(again)], tails, method="nearest")
+    return float(estimate + (low - estimate) * wider), float(estimate + (high - estimate) * wider)
 
 
 def _batches(n: int, batches: int, batch: int, seed: int, stream: int) -> np.ndarray:
@@ -258,13 +264,13 @@ def _summary(rows: np.ndarray, seed: int) -> dict[str, float | None]:
     """rows (K, 3): of s and both squared norms, as pseudo_values takes them."""
     values = pseudo_values(rows)
     low, high = interval(values[:, 0], seed)
-    cosines = _cosine(values[_resampled(len(values), seed)].mean(1))
-    bounds = [None, None]
-    if np.isfinite(whole := _cosine(values.mean(0))):
-        bounds = [float(v) for v in np.nanquantile(cosines, _tails())]
-    names = ("s", "s_lo", "s_hi", "cosine", "cosine_lo", "cosine_hi")
-    found = (float(values[:, 0].mean()), low, high, float(whole) if np.isfinite(whole) else None, *bounds)
-    return dict(zip(names, found))
+    found = {"s": float(values[:, 0].mean()), "s_lo": low, "s_hi": high}
+    cosine = _cosine(values.mean(0))
+    if not np.isfinite(cosine):
+        return found | dict.fromkeys(("cosine", "cosine_lo", "cosine_hi"))
+    ends = bounds(cosine, _cosine(values[_resampled(len(values), seed)].mean(1)), len(values))
+    low, high = np.clip(ends, -1, 1)
+    return found | {"cosine": float(cosine), "cosine_lo": float(low), "cosine_hi": float(high)}
 
 
 def _cosine(means: np.ndarray) -> np.ndarray:
@@ -279,10 +285,6 @@ def _resampled(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 2]).integers(n, size=(RESAMPLES, n))
 
 
-def _tails() -> tuple[float, float]:
-    return (1 - LEVEL) / 2, (1 + LEVEL) / 2
-
-
 # ---------------------------------------------------------------- after self-training
 
 
@@ -292,8 +294,9 @@ def predicted_w(
     """Where the loss on real images is lowest along θ_r − w (θ_s − θ_r), by its slope and curvature at w = 0.
 
     Both are central differences of gradients at w = ±STEP, with the same random numbers: networks whose attention has
-    no second derivative do, too. 'w' is None where the curvature is not positive; a resample without a minimum counts
-    as ±infinity in the interval, the side to which the loss falls. Raises NeonError if the snapshot does not fit.
+    no second derivative do, too. 'w' is None where the curvature is not positive, and its interval is everything; a
+    resample without a minimum counts as ±infinity, the side to which the loss falls. Raises NeonError if the snapshot
+    does not fit.
     """
     batches = _batches(len(real), sizes.batches, sizes.batch, seed, 0).tolist()
     candidates.load(None, 0.0)
@@ -311,15 +314,12 @@ def predicted_w(
     slope, curvature = slopes.mean(1), (slopes[:, 1] - slopes[:, 0]) / (2 * STEP)
     again = _resampled(len(batches), seed)
     minima = _minimum(slope[again].mean(1), curvature[again].mean(1))
-    low, high = np.quantile(minima, _tails(), method="nearest")
-    exists = curvature.mean() > 0
-    return {
-        "slope": float(slope.mean()),
-        "curvature": float(curvature.mean()),
-        "w": float(-slope.mean() / curvature.mean()) if exists else None,
-        "w_lo": float(low),
-        "w_hi": float(high),
-    }
+    w = float(_minimum(slope.mean(), curvature.mean()))
+    found = {"slope": float(slope.mean()), "curvature": float(curvature.mean())}
+    if not np.isfinite(w):
+        return found | {"w": None, "w_lo": -math.inf, "w_hi": math.inf}
+    low, high = bounds(w, minima, len(batches))
+    return found | {"w": w, "w_lo": low, "w_hi": high}
 
 
 def _minimum(slope: np.ndarray, curvature: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """`neon diagnose`: the loss gradients on real images and on own samples, before any self-training."""
 
+import os
 import time
 from functools import partial
 from importlib.metadata import version
@@ -22,13 +23,13 @@ from neon.selftrain import snapshots
 def run_diagnose(args) -> None:
     started, family = time.monotonic(), get_family(args.family)
     recipe = named(family.recipes, args.recipe, "recipe")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise NeonError("neon diagnose is short and runs in one process: start it without torchrun")
     if args.synthetic and args.seeds:
         raise NeonError("S is read or sampled: give --synthetic or --seeds, not both")
     trained = [str(existing(path)) for folder in args.selftrained for path in snapshots(folder)]
     real, synthetic = ImageSet(args.real), args.synthetic and ImageSet(args.synthetic)
     with processes(args, family) as here:
-        if here.size > 1:
-            raise NeonError("neon diagnose is short and runs in one process: start it without torchrun")
         candidates = Candidates(family, args.base, here.device, **recipe.network, **loading(args, family))
         model = candidates.model
         family.check(model, real.shape, real.labels)
