@@ -1,4 +1,4 @@
-"""Copy what was measured into README.md, docs/mini.md, docs/choosing-w.md, between markers: `python -m mini.readme`."""
+"""Copy what was measured into README.md and pages of docs, between markers: `python -m mini.readme`."""
 
 import json
 import re
@@ -23,7 +23,9 @@ PAIRS = [
 def tables() -> dict[str, str]:
     """Name of the markers → Markdown, from the results."""
     titles = json.loads((RESULTS / "titles.json").read_text())
+    diagnosed = RESULTS / "diagnose.md"
     return {
+        "diagnose": diagnosed.read_text() if diagnosed.exists() else "",
         "mini": (RESULTS / "table.md").read_text(),
         "steps": markdown(compared(pd.read_csv(RESULTS / "final.csv"), PAIRS, titles)),
         "sources": (RESULTS / "ablations/cross/table.md").read_text(),
@@ -39,7 +41,7 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs/mini.md", ROOT / "docs/choosing-w.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs/mini.md", ROOT / "docs/choosing-w.md", ROOT / "docs/diagnose.md")
 
 if __name__ == "__main__":
     for document in DOCUMENTS:
