@@ -177,6 +177,24 @@ class Run:
         made = {"real": REAL_DIGITS, "fake": self.data(), "seed": self.seed, "out": self.path("selftrain")}
         return words("python -m mini.ddo", **self.shared(), base=self.model(), **made)
 
+    def diagnose(self) -> Iterator[list[str]]:
+        """Of the reported settings that have an S and a fine-tune of their own."""
+        if self.chain_name in CHAINS and not (self.setting.data or self.setting.S or self.setting.of):
+            yield neon(
+                "diagnose",
+                **self.shared(),
+                base=self.model(),
+                recipe=self.setting.training.get("recipe", "digits"),
+                real="runs/data/heldout",
+                synthetic=self.data(),
+                selftrained=self.fine_tunes(),
+                seed=self.seed,
+                out=self.diagnosis(),
+            )
+
+    def diagnosis(self) -> str:
+        return f"{self.path('diagnose')}.json"
+
     def search(self) -> Iterator[list[str]]:
         w, grid, seeds = self.setting.w, self.setting.grid, self.chain.images.search
         where = {"method": self.setting.method, "w": w, "grid": grid}
@@ -223,7 +241,7 @@ class Run:
 
 
 TITLED = {"mini": CHAINS, "ablations": ABLATIONS, "controls": CONTROLS, "rivals": RIVALS, "gmo": GMO}
-STAGES = ("base", "generate", "selftrain", "search", "final")  # the methods of Run that give commands
+STAGES = ("base", "generate", "selftrain", "diagnose", "search", "final")  # the methods of Run that give commands
 
 
 def runs(name: str, chain: Chain) -> list[Run]:

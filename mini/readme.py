@@ -24,7 +24,9 @@ PAIRS = [
 def tables() -> dict[str, str]:
     """Name of the markers → Markdown, from the results."""
     titles = json.loads((RESULTS / "titles.json").read_text())
+    diagnosed = RESULTS / "diagnose.md"
     return {
+        "diagnose": diagnosed.read_text() if diagnosed.exists() else "",
         "mini": (RESULTS / "table.md").read_text(),
         "steps": markdown(compared(pd.read_csv(RESULTS / "final.csv"), PAIRS, titles)),
         "sources": (RESULTS / "ablations/cross/table.md").read_text(),
@@ -41,7 +43,7 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-PAGES = ("mini", "choosing-w", "claims", "where-it-fails")
+PAGES = ("mini", "choosing-w", "claims", "where-it-fails", "diagnose", "rivals", "gmo")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in PAGES))
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def train(
         while images < recipe.budget:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(images)
-            streams = _seed_step(generator, seed, images, recipe.batch, world.rank)
+            streams = seed_step(generator, seed, images, recipe.batch, world.rank)
             pixels, labels, whole = next(stream)
             # Random numbers are drawn for the whole step, so that they do not depend on how it is divided.
             draws = family.draw(model, recipe.batch, generator, images=whole, **recipe.loss)
@@ -186,7 +186,7 @@ def _update_average(ema: Mapping[str, torch.Tensor], params: Mapping[str, torch.
     torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - beta)
 
 
-def _seed_step(generator: torch.Generator, seed: int, images: int, batch: int, rank: int) -> torch.Tensor:
+def seed_step(generator: torch.Generator, seed: int, images: int, batch: int, rank: int) -> torch.Tensor:
     """Seed all randomness of a step; returns the seeds of its images' own streams, (batch,) int64."""
     state = np.random.SeedSequence([seed, images, 0]).generate_state(2, np.uint64) >> np.uint64(1)
     loss_seed, dropout_seed = map(int, state)

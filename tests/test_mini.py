@@ -64,7 +64,7 @@ def test_neon_knows_every_command():
     for job in itertools.chain(*jobs.values()):
         parse(job.command[1:], "neon")
     ablations, methods = 1 + 2 + 3 * 3, 5 + 6 * 4 + 12 * 2
-    assert len(jobs) == 6 + 7 * 4 + 2 + ablations + methods  # bases, chains, sizes, …
+    assert len(jobs) == 7 + 8 * 4 + 2 + 8 + ablations + methods  # bases, chains, sizes, diagnoses, …
 
 
 def test_settings_have_one_title_and_chains_a_base_of_their_seeds():

@@ -11,6 +11,7 @@ import torch
 from neon import NeonError, gmo
 from neon.card import card_of, check_repo, check_token, files_of, push, readme
 from neon.cli.controls import run_control  # noqa: F401, it is a command
+from neon.cli.diagnosing import run_diagnose  # noqa: F401, it is a command
 from neon.cli.found import chosen_row, lines, record, verdict, write_csv
 from neon.cli.merging import run_extract_lora, run_merge  # noqa: F401, they are commands
 from neon.cli.options import (

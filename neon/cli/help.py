@@ -41,6 +41,12 @@ EXAMPLES = {
         "neon generate --preset edm_cifar10_cond --out S",
         "neon generate --family imm --model base.pkl --num_steps 1 --gmo 0.1 --seeds 0-5999 --out S",
     ],
+    "diagnose": [
+        f"neon diagnose --family edm {BASE} --recipe cifar10_cond --real heldout --synthetic S",
+        f"neon diagnose --family edm {BASE} --recipe cifar10_cond --real heldout \\\n"
+        "      --num_steps 18 --seeds 0-9999 --out diagnosis.json",
+        f"neon diagnose --family edm {BASE} --recipe cifar10_cond --real heldout --synthetic S \\\n      {TRAINED}",
+    ],
     "evaluate": [
         f"neon evaluate --family edm --model checkpoints/base.pkl --seeds 0-49999 {REF}",
         f"neon evaluate --family edm {BASE} {TRAINED} -w 1 \\\n      --seeds 0-49999 {REF} --out row.json",
@@ -94,7 +100,7 @@ LOG = (
 )
 MORE = {"train": LOG, "selftrain": LOG}
 PATHS = ("base", "selftrained", "data", "out", "ref", "model", "file", "other", "search", "final", "images")
-PATHS += ("statistics", "tensorboard")
+PATHS += ("statistics", "tensorboard", "real", "synthetic")
 
 
 class Parser(argparse.ArgumentParser):

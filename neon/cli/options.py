@@ -94,6 +94,10 @@ def choices_of(preset: Preset, family: str, command: str, merging: bool = False)
     chosen = {
         "generate": {"model": preset.base, **preset.made_with, **precision, "seeds": preset.seeds, **batch},
         "selftrain": {**model, "recipe": preset.recipe, "micro_batch": preset.micro_batch, **kept},
+        "diagnose": {
+            **{"base": preset.base, "recipe": preset.recipe, "micro_batch": preset.micro_batch},
+            **{**preset.made_with, **batch},
+        },
         "evaluate": {**model, **preset.sampling, **batch},
         "search": {**model, **preset.fixed, **searched, **batch},
         "final": {**model, **preset.fixed, **batch},
@@ -212,6 +216,29 @@ def add_training(p: argparse.ArgumentParser, family) -> None:
     for name, kind in (("batch", count), ("lr", rate), ("budget", count), ("snapshot", count), ("ramp", natural)):
         changes.add_argument(f"--{name}", type=kind)
     changes.add_argument("--precision", choices=DTYPES, help="(default: on a GPU the recipe's, on a CPU float32)")
+
+
+def add_diagnosis(p: argparse.ArgumentParser, family) -> None:
+    add_family(p, family)
+    add_model(p, "--base")
+    p.add_argument("--recipe", required=True, help="of the self-training: its loss, optimizer and batch")
+    p.add_argument("--real", required=True, help="image set: real images, best those that the base was not trained on")
+    p.add_argument("--synthetic", help="image set S of `neon generate` (default: sampled in memory, see --seeds)")
+    p.add_argument("--selftrained", nargs="+", default=[], help="θ_s, where there is one: snapshots or training folders"
+                   " for all in them; also predict the best w of each")  # fmt: skip
+    p.add_argument("--out", help="JSON file for all numbers")
+    p.add_argument("--batches", type=count, default=16, help="of each set, at least 4 (default %(default)s)")
+    p.add_argument("--images", type=count, help="of each set (default: all, up to --batches of the recipe's)")
+    p.add_argument("--repeats", type=count, default=4, help="visits to each image with new noise (default %(default)s)")
+    p.add_argument("--micro_batch", type=count, help="images per forward and backward pass; changes nothing but memory")
+    p.add_argument("--seed", type=natural, default=0, help="of the choice of images and all random numbers (default 0)")
+    add_device(p)
+    own = p.add_argument_group("S in memory, where --synthetic is not given")
+    own.add_argument("--seeds", help="images by seed (default: from 0, as many as it takes)")
+    own.add_argument("--batch_size", type=count, default=64, help="images sampled at a time (default %(default)s)")
+    if family:
+        add_fields(p.add_argument_group(f"sampling options of {family.name}"), family.Sampling)
+        add_fields(p, family.Loading)
 
 
 def add_sampling(p: argparse.ArgumentParser, family) -> None:

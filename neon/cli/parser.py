@@ -8,6 +8,7 @@ from neon import __version__
 from neon.cli.help import LEFT, MERGE, Completion, Parser, epilog, negative
 from neon.cli.options import (
     add_by,
+    add_diagnosis,
     add_dry_run,
     add_evaluation,
     add_family,
@@ -184,6 +185,16 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping], measured: bool)
     add_preset(p, chosen("evaluate"))
     if measured:
         without_model(p, family)
+
+    p = command(
+        "diagnose",
+        "run_diagnose",
+        "will Neon help? from the loss gradients on real images and on own samples, before any self-training",
+        ". Prints s, the change of the loss on real images per unit of w and learning rate, with its interval, and a"
+        " verdict. docs/diagnose.md says what it means.",
+    )
+    add_diagnosis(p, family)
+    add_preset(p, chosen("diagnose"))
 
     p = command(
         "search",
