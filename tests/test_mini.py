@@ -15,12 +15,13 @@ import torch
 import yaml
 from processes import BIN, ROOT
 
+import mini.ddo
 from mini.plan import plan, titles
 from mini.run import choose, share
-from mini.settings import ABLATIONS, BASES, CHAINS, COMPARED
+from mini.settings import ABLATIONS, BASES, CHAINS, COMPARED, CONTROLS, GMO, RIVALS, TESTED
 from neon import NeonError
 
-PIPELINES = ("mini", "mini/ablations", "mini/methods")
+PIPELINES = ("mini", "mini/ablations", "mini/methods", "mini/controls", "mini/rivals")
 
 
 def words(stage: str, chain: str, setting: str, seed: int = 0) -> dict[str, str]:
@@ -57,18 +58,62 @@ def test_what_a_setting_takes_from_elsewhere():
     assert search.command[first : first + 3] == ["runs/sizes/selftrain/100/1", "runs/sizes/selftrain/500/1", whole]
 
 
+def test_what_replaces_the_fine_tune():
+    real = words("selftrain", "controls-demo", "euler10-real")
+    assert real["data"] == "runs/data/train" and "budget" not in real  # as long as Neon's own
+    random, searched = (
+        words("selftrain", "controls-more", "euler10-random", 3),
+        words("search", "controls-more", "euler10-random", 3),
+    )
+    assert random["selftrained"] == "runs/selftrain/more/euler10/3/snapshot-000012800.safetensors"
+    assert random["out"] == searched["selftrained"] and random["seed"] == "3"
+    older = words("search", "controls-flow", "fm4-older")["selftrained"]
+    assert older == "runs/base/flow/0/snapshot-000060032.safetensors"
+    sims, auto = (words("final", "guided-imm", f"imm8-{rival}") for rival in ("sims", "auto"))
+    assert sims["by"] == auto["by"] == "guidance" and "by" not in words("final", "imm", "imm8")
+    ddo = words("selftrain", "ddo-var", "tau06-ddo")
+    assert (ddo["real"], ddo["fake"]) == ("runs/data/train", "runs/S/var/tau06/0")
+
+
+def test_S_of_gmo_is_made_as_it_is_measured():
+    made, noise = (words("generate", "gmo-imm", f"imm1-{name}0.1") for name in ("gmo", "noise"))
+    assert made["num_steps"] == words("search", "gmo-imm", "imm1-gmo0.1")["num_steps"] == "1" and made["gmo"] == "0.1"
+    assert noise["gmo_control"] == "noise" and "gmo" not in words("generate", "gmo-imm", "imm1-gmo0")
+
+
+FIRST = "digits:runs/features.safetensors"
+
+
+def test_each_feature_space_judges_what_both_chose():
+    finals = [shlex.join(job.command) for job in choose("final", "spaces-var", seed=0)]
+    found = {tuple(re.findall(r"--(?:search|ref|features) (\S+)", command)) for command in finals}
+    own, first = "runs/spaces/spaces-var/rows/search/tau06/0.jsonl", "runs/rows/var/search/tau06/0.jsonl"
+    second = ("runs/second/heldout.npz", "digits:runs/second/features.safetensors")
+    assert found == {
+        (own, *second),
+        (first, *second),
+        (own, "runs/ref/heldout.npz", "digits:runs/features.safetensors"),
+    }
+    assert ["--other_features" in command for command in finals] == [False, True, True]
+
+
 def test_neon_knows_every_command():
     from neon.cli.parser import parse
 
     jobs = plan()
-    for job in itertools.chain(*jobs.values()):
-        parse(job.command[1:], "neon")
+    for command in (job.command for job in itertools.chain(*jobs.values())):
+        if command[0] == "neon":
+            parse(command[1:], "neon")
+        else:
+            assert command[:3] == ["python", "-m", "mini.ddo"] and mini.ddo.parser().parse_args(command[3:])
     ablations, methods = 1 + 2 + 3 * 3, 5 + 6 * 4 + 12 * 2
-    assert len(jobs) == 7 + 8 * 4 + 2 + 8 + ablations + methods  # bases, chains, sizes, diagnoses, …
+    controls, rivals = 6 * 3 + 6 * 2, 3 * 2 + 2 * 3 + 3 * 4
+    # bases, chains, sizes, diagnoses, …
+    assert len(jobs) == 7 + 8 * 4 + 2 + 8 + ablations + methods + controls + rivals
 
 
 def test_settings_have_one_title_and_chains_a_base_of_their_seeds():
-    for chains in (CHAINS, ABLATIONS):
+    for chains in (CHAINS, ABLATIONS, CONTROLS, RIVALS, GMO):
         for chain in chains.values():
             assert set(chain.seeds) <= set(BASES[chain.base].seeds)
             assert all(titles(chains)[name] == setting.title for name, setting in chain.settings.items())
@@ -205,6 +250,7 @@ def test_stages_run_all_that_is_planned_and_name_what_it_reads_and_writes():
     found = [stage for folder in PIPELINES for stage in stages(folder)]
     needs = {Path(out.fs_path): {Path(dep.fs_path) for dep in stage.deps} for stage in found for out in stage.outs}
     reads = ("--model", "--base", "--data", "--selftrained", "--search", "--ref", "--vae_ckpt")
+    reads += ("--real", "--synthetic", "--fake")
     for stage in found:
         deps, outs = ({Path(file.fs_path) for file in files} for files in (stage.deps, stage.outs))
         ancestors = deps | {dep for made, given in needs.items() if made in deps for dep in given}
@@ -276,14 +322,17 @@ CHANGES = {
     ),
     'euler", "num_steps": 4},': (
         'euler", "num_steps": 5},',
-        ["generate@flow", "search@flow", "final@flow", "fresh@flow", "grid@flow", "grid@fresh-flow"],
+        [
+            *("generate@flow", "search@flow", "final@flow", "fresh@flow", "grid@flow", "grid@fresh-flow"),
+            *("rows@flow", "spaces@flow", "guided@flow", "gmo@flow"),
+        ],
     ),
     'synthetic={"cfg": 2}': ('synthetic={"cfg": 3}', ["generate@xar", "fresh@xar"]),
     "temperature 0.6 (": ("temperature 0.6, (", ["report-demo", "report-mini"]),
     "parts=(100, 500)": ("parts=(100, 400)", ["sizes"]),
     '"num_steps": 1}': (
         '"num_steps": 3}',
-        ["search@imm", "final@imm", "fresh@imm", "grid@imm", "grid@fresh-imm"],
+        ["search@imm", "final@imm", "fresh@imm", "grid@imm", "grid@fresh-imm", "gmo@imm"],
     ),
     "TRAIN = 1200": ("TRAIN = 1100", ["data"]),
     "range(5), {": ("range(6), {", ["base@var"]),
@@ -312,12 +361,17 @@ def at(stages: str, *names: str) -> set[str]:
 
 
 FRESH = at("fresh", "demo", "flow", "var", "xar", "imm")
+# Stages that measure, of ablations, controls and rivals.
+MORE = at("rows", *ABLATIONS) | at("rows spaces", *TESTED) | at("ddo", "demo", "var")
+MORE |= at("guided gmo", "demo", "flow", "imm")
 CODE = {
-    "flow/sampler.py": at("base generate search final fresh", "flow"),
-    "imm/latents.py": at("base generate selftrain search final fresh", "imm") | {"sizes"},
-    "VAR/configs.py": at("base selftrain fresh", "var") | {"tokenizer", "guidance-selftrain"},
-    "neon/merge.py": at("search final", *CHAINS.keys() - {"sizes"}) | at("rows", *ABLATIONS) | {"sizes"} | FRESH,
-    "neon/final.py": at("final", *CHAINS.keys() - {"sizes"}) | at("rows", *ABLATIONS) | FRESH | at("grid", *COMPARED),
+    "flow/sampler.py": at("base generate search final fresh train rows spaces diagnose guided gmo", "flow"),
+    "imm/latents.py": at("base generate selftrain search final fresh", "imm")
+    | at("train rows spaces diagnose guided gmo", "imm")
+    | {"sizes"},
+    "VAR/configs.py": at("base selftrain fresh train diagnose ddo", "var") | {"tokenizer", "guidance-selftrain"},
+    "neon/merge.py": at("search final", *CHAINS.keys() - {"sizes"}) | MORE | {"sizes"} | FRESH,
+    "neon/final.py": at("final", *CHAINS.keys() - {"sizes"}) | MORE | FRESH | at("grid", *COMPARED),
     "mini/run.py": set(),
     "neon/cli/commands.py": set(),
 }
@@ -349,7 +403,7 @@ def test_what_is_out_of_date_is_found_without_the_runs(reproduced):
         with edited(reproduced / file):
             found[file] = [out_of_date(reproduced, folder) for folder in PIPELINES]
     (reproduced / "elsewhere").rename(reproduced / "mini/runs")
-    assert none == [[], [], []] and found["mini/plan.py"] == [["plan: plan.py"], [], []]
+    assert none == [[]] * 5 and found["mini/plan.py"] == [["plan: plan.py"], *[[]] * 4]
     assert "search@demo: ../neon/merge.py" in found["neon/merge.py"][0]
     assert "rows@cross: ../../neon/merge.py" in found["neon/merge.py"][1]
 
