@@ -336,7 +336,7 @@ CHANGES = {
     ),
     "TRAIN = 1200": ("TRAIN = 1100", ["data"]),
     "range(5), {": ("range(6), {", ["base@var"]),
-    '"var/tau06"': ('"var/tau0"', ["cross-selftrain"]),
+    '"VAR", "var/tau06"': ('"VAR", "xar/cfg2"', ["cross-selftrain"]),
 }
 
 
