@@ -35,10 +35,10 @@ def check_members(archive: zipfile.ZipFile, path: str | Path, stored: bool = Fal
         raise NeonError(f"{path}: its members overlap")
 
 
-def open_zip(path: str | Path, what: str = "a zip file") -> zipfile.ZipFile:
+def open_zip(path: str | Path, wrong: str = "not a zip file") -> zipfile.ZipFile:
     """An archive whose members are what check_members allows. Raises NeonError."""
     path = regular(path)
-    with reading(path, what):
+    with reading(path, wrong):
         archive = zipfile.ZipFile(path)
         check_members(archive, path)
     return archive
@@ -47,7 +47,7 @@ def open_zip(path: str | Path, what: str = "a zip file") -> zipfile.ZipFile:
 def read_npz(path: str | Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, of those names or all: numbers only, nothing is unpickled. Raises NeonError."""
     path = regular(path)
-    with reading(path, "an npz file of numbers"), open_zip(path, "an npz file of numbers") as archive:
+    with reading(path, "not an npz file of numbers"), open_zip(path, "not an npz file of numbers") as archive:
         return {name: _array(archive, name) for name in _names(archive.namelist()) if names is None or name in names}
 
 

@@ -90,7 +90,7 @@ def write_json(path: str | Path, value) -> None:
 def read_json(path: str | Path):
     """The parsed file. Raises NeonError if it is missing or no JSON."""
     path = regular(path)
-    with reading(path, "JSON"):
+    with reading(path, "not JSON"):
         return from_json(path.read_text(encoding="utf-8"))
 
 
@@ -166,14 +166,17 @@ def named(path: str | Path) -> Path:
 
 
 @contextmanager
-def reading(path: str | Path, what: str) -> Iterator[None]:
-    """In the block a library reads `path`: whatever it raises becomes one NeonError, 'PATH: not WHAT (reason)'."""
+def reading(path: str | Path, wrong: str) -> Iterator[None]:
+    """In the block a library reads `path`: whatever it raises becomes one NeonError, 'PATH: WRONG (reason)'.
+
+    wrong: what the file then is, such as 'not JSON'.
+    """
     try:
         yield
     except NeonError:
         raise
     except Exception as error:  # of a damaged file, nearly anything, MemoryError too
-        raise NeonError(f"{path}: not {what} ({reason_of(error)})") from None
+        raise NeonError(f"{path}: {wrong} ({reason_of(error)})") from None
 
 
 def reason_of(error: BaseException) -> str:

@@ -273,7 +273,7 @@ def _prompts(pipe, file: str) -> tuple[str, ...]:
         )
     if file and not wanted:
         raise NeonError(f"{type(pipe).__name__} takes no prompts")
-    with reading(file, "a text file of prompts"):
+    with reading(file, "not a text file of prompts"):
         lines = existing(file).read_text(encoding="utf-8").splitlines() if file else []
     if file and not (lines := [line.strip() for line in lines if line.strip()]):
         raise NeonError(f"{file}: no prompts in it")

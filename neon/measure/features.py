@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from neon import NeonError
+from neon import Missing, NeonError
 from neon.fetch import fetch
 from neon.files import sha256
+from neon.weights.checkpoint import torch_load
 
 # What `--features NAME[:ARGUMENT]` may name: a function (argument, device) → Extractor, imported when it is asked for.
 EXTRACTORS = {"inception": "neon.measure.features:inception", "digits": "mini.features:digits"}
@@ -103,11 +104,11 @@ def _download_inception() -> Path:
 
 def _load_state(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+        return torch_load(path)
+    except Missing:
         raise NeonError(f"no InceptionV3 weights at {path}") from None
-    except Exception:  # torch.load raises whatever a broken file provokes
-        raise NeonError(f"{path} is not a file of PyTorch weights") from None
+    except NeonError as error:
+        raise NeonError(f"{path} is not a file of PyTorch weights ({error})") from None
 
 
 def _randomize(module: nn.Module) -> None:

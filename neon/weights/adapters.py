@@ -120,7 +120,7 @@ def read_adapter(path: str | Path) -> Adapter:
                 f"{file}: {name} is no factor of a LoRA (DoRA, LoHa, LoKr and trained biases are not known)"
             )
         parts.setdefault(found["layer"], {})[found["part"]] = tensor
-    with reading(file, "a LoRA adapter"):
+    with reading(file, "not a LoRA adapter"):
         layers = {name: _layer(name, found, config, file) for name, found in parts.items()}
     return Adapter(path, layers, str(config.get("base_model_name_or_path") or ""))
 

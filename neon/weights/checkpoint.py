@@ -109,7 +109,7 @@ class SafetensorsWeights(Weights):
         self._place = {}
         with ExitStack() as files:  # closes them if one of them is bad
             for path, names in self.shards.items():
-                with reading(regular(path), "a readable safetensors file"):
+                with reading(regular(path), "not a readable safetensors file"):
                     file = files.enter_context(path.open("rb"))
                     header, data_start = _safetensors_header(file)
                     with safe_open(path, framework="pt"):  # the library checks the header
@@ -351,7 +351,7 @@ def _replace(tree, steps: list[str], state: dict):
 
 def torch_load(path: Path):
     """torch.load of data alone. Raises NeonError."""
-    with reading(regular(path), "a readable torch checkpoint"):
+    with reading(regular(path), "not a readable torch checkpoint"):
         if zipped := zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 check_members(archive, path, stored=True)  # as torch.save writes them
@@ -465,7 +465,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 def check_metadata(weights: Weights, name: str) -> dict:
     """The JSON object that the file records under a name, {} without one. Raises NeonError."""
-    with reading(weights.path, f"a checkpoint, its {name} is not a JSON object"):
+    with reading(weights.path, f"not a checkpoint, its {name} is not a JSON object"):
         if not isinstance(found := json.loads(weights.metadata.get(name, "{}")), dict):
             raise ValueError(type(found).__name__)
     return found

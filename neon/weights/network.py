@@ -4,7 +4,7 @@ import json
 import math
 import typing
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
@@ -119,7 +119,9 @@ def check_arguments(network: Callable, arguments: object) -> None:
         if not _plain(value):
             raise ValueError(f"{name} is {_short(value)}, which is no argument of a network")
         if name in wanted and not _is(value, wanted[name]):
-            raise ValueError(f"{name} is {_short(value)}, not of type {getattr(wanted[name], '__name__', wanted[name])}")
+            raise ValueError(
+                f"{name} is {_short(value)}, not of type {getattr(wanted[name], '__name__', wanted[name])}"
+            )
 
 
 def _short(value: object) -> str:
