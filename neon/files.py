@@ -133,7 +133,7 @@ KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a dev
 
 
 def existing(path: str | Path) -> Path:
-    """`path`, which must be a file or a folder. Raises Missing, or NeonError: a pipe or a device could wait for ever."""
+    """`path`, which must be a file or a folder. Raises Missing, or NeonError: a pipe could wait for ever."""
     path = Path(path)
     if kind := KINDS.get(stat.S_IFMT(_mode(path))):
         raise NeonError(f"{path}: {kind}, not a file")

@@ -119,9 +119,8 @@ def check_arguments(network: Callable, arguments: object) -> None:
         if not _plain(value):
             raise ValueError(f"{name} is {_short(value)}, which is no argument of a network")
         if name in wanted and not _is(value, wanted[name]):
-            raise ValueError(
-                f"{name} is {_short(value)}, not of type {getattr(wanted[name], '__name__', wanted[name])}"
-            )
+            kind = getattr(wanted[name], "__name__", wanted[name])
+            raise ValueError(f"{name} is {_short(value)}, not of type {kind}")
 
 
 def _short(value: object) -> str:

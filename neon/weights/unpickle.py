@@ -141,15 +141,8 @@ def read_pickle(path: str | Path, entry: str = "ema") -> PickledModel:
             raise NeonError(f"{module.class_name!r} does not record its constructor's arguments by name")
     except OSError as error:
         raise NeonError(f"{path}: {error.strerror}") from None
-    except (
-        IndexError,
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ):  # an empty stack, an unset memo, broken text, a key without a value
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        # an empty stack, an unset memo, broken text, a key without a value, a size that is none
         raise NeonError(f"{path}: damaged pickle") from None
     except NeonError as error:
         raise type(error)(f"{path}: {error}") from None
