@@ -261,7 +261,7 @@ class Rows:
     def __init__(self, path: str | Path, write: bool = True):
         self.path, self.write = Path(path), write
         self.rows: dict[str, dict] = {}
-        if self.path.exists():
+        if os.path.lexists(self.path):
             whole, newline, torn = regular(self.path).read_bytes().rpartition(b"\n")
             start = b'{"key": "'
             with reading(path, "holds something other than rows of results"):
