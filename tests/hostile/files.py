@@ -1,7 +1,7 @@
 """Files that lie about themselves, one for each way that a reader could be fooled: `cases()`.
 
-A case is written by `make`, given a path, and read by a command. All are deterministic, small and quick to write; no file
-needs what it claims (sparse files, sizes that are only said).
+A case is written by `make`, given a path, and read by a command. All are deterministic and quick to write; no file is
+as large as what it claims.
 """
 
 import csv
@@ -613,15 +613,29 @@ ROW = {
 }
 READERS_OF_ROWS = {
     "final": lambda w, path, out: (
-        ["final", *w.measuring, "--base", w.base, "--seeds", "0-3", "--search", path] + ["--out", out]
+        ["final", *w.measuring, "--base", w.base, "--seeds", "0-3", "--search", path, "--out", out]
     ),
     "metrics": lambda w, path, out: ["report.metrics", "metrics", path, out],
     "curve": lambda w, path, out: ["report.metrics", "curve", path, out],
     "grid": lambda w, path, out: ["grid", "--family", "edm", "--final", path, "--out", out],
     "compare": lambda w, path, out: ["compare", f"{path}:0", f"{path}:0", "--ref", w.ref],
     "search": lambda w, path, out: (
-        ["search", *w.measuring, "--base", w.base, "--selftrained", w.snapshots[0], "-w"]
-        + ["0,1", "--seeds", "0-3", "--metrics", "fid", "--out", path]
+        [
+            "search",
+            *w.measuring,
+            "--base",
+            w.base,
+            "--selftrained",
+            w.snapshots[0],
+            "-w",
+            "0,1",
+            "--seeds",
+            "0-3",
+            "--metrics",
+            "fid",
+            "--out",
+            path,
+        ]
     ),
     "card": lambda w, path, out: ["card", "--model", w.base, "--final", path, "--license", "mit", "--out", out],
 }
@@ -930,10 +944,10 @@ def not_regular() -> Iterator[Case]:
         "params.yaml": lambda world, path, out: ["plan", "--params", path],
         "downloads.csv": lambda world, path, out: ["download", "--list"],
         "digits.safetensors": lambda world, path, out: (
-            ["reference", "--images", world.data, "--features"] + [f"digits:{path}", "--out", out]
+            ["reference", "--images", world.data, "--features", f"digits:{path}", "--out", out]
         ),
         "inception.pth": lambda world, path, out: (
-            ["reference", "--images", world.data, "--features"] + [f"inception:{path}", "--out", out]
+            ["reference", "--images", world.data, "--features", f"inception:{path}", "--out", out]
         ),
     }
     for file, command in readers.items():
