@@ -116,7 +116,7 @@ def record_of(model: Path) -> dict[str, str]:
     return {}
 
 
-OF_A_CARD = ("family", "fid", "n", "seeds", "features", "reference", "budget", "num_synthetic", "dtype", "device")
+OF_A_CARD = ("w", "family", "fid", "n", "seeds", "features", "reference", "budget", "num_synthetic", "dtype", "device")
 
 
 def results_of(path: str | Path) -> dict[str, Mapping]:

@@ -44,10 +44,10 @@ def rows_of(path: str | Path, final: bool = False) -> list[dict]:
     path = existing(path)
     if path.suffix == ".json":
         row = row_of(path)
-        need([row], ("family",), path)
+        need([row], ("family", "w"), path)
         return [{"role": "released", **row}]
     rows = list(Rows(path, write=False).rows.values())
-    need(rows, ("family", "fid"), path)
+    need(rows, ("family", "w", "fid"), path)
     if final and any("role" not in row for row in rows):
         raise NeonError(f"{path}: not what `neon final` wrote")
     return rows

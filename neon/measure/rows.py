@@ -144,7 +144,7 @@ def features_of(
     return found.features
 
 
-OF_A_MODEL = ("base", "base_sha256", "vae_sha256", "selftrained", "dtype", "class_idx")  # of its images
+OF_A_MODEL = ("w", "base", "base_sha256", "vae_sha256", "selftrained", "dtype", "class_idx")  # of its images
 
 
 def images_of(row: Mapping, seeds: torch.Tensor, batch: int, device: torch.device | str, **options) -> torch.Tensor:
@@ -215,15 +215,15 @@ PLAIN = (str, int, float, bool, type(None))  # any other field
 
 def checked(row: object) -> dict:
     """The row, whose fields are of the types of FIELDS. Raises ValueError."""
-    if not isinstance(row, dict) or "w" not in row:
-        raise ValueError("a row without w" if isinstance(row, dict) else "a line that is no object")
+    if not isinstance(row, dict):
+        raise ValueError("a line that is no object")
     for name, value in row.items():
         if type(value) not in FIELDS.get(name, PLAIN):
             raise ValueError(f"{name} is {repr(value)[:60]}")
         if type(value) is int and not -(2**63) <= value < 2**63:
             raise ValueError(f"{name} is too large a number")
     parts = [*(row["seeds"] if isinstance(row.get("seeds"), list) else []), *row.get("metrics", [])]
-    if not all(type(part) in PLAIN for part in parts) or not math.isfinite(row["w"]):
+    if not all(type(part) in PLAIN for part in parts) or not math.isfinite(row.get("w", 0.0)):
         raise ValueError("seeds, metrics or w hold what they cannot")
     for name in ("n", "budget", "num_synthetic"):
         if row.get(name, 0) < 0:
