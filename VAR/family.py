@@ -16,6 +16,7 @@ from neon.files import existing
 from neon.precision import autocast, decoder, network
 from neon.sampling import Streams, from_uint8, to_uint8
 from neon.weights.checkpoint import load_into, load_weights, open_weights, values_sha256
+from neon.weights.network import check_arguments, recorded
 from VAR import transformer
 from VAR.augment import draw_corners, enlarged_crops
 from VAR.configs import CONFIGS, PRESETS, RECIPES, Config
@@ -118,8 +119,9 @@ def load(
     with open_weights(path) as weights:
         config = dataclasses.replace(config_of(weights, path), **options)
         vae_file = find_vqvae(vae_ckpt, path, weights.metadata.get("vae", ""))
-        model = VAR(config, vae_file, precision)
-        if "config" in weights.metadata and values_sha256(model.vqvae) != weights.metadata["vae_sha256"]:
+        with recorded(weights, path, "VAR"):
+            model = VAR(config, vae_file, precision)
+        if "config" in weights.metadata and values_sha256(model.vqvae) != weights.metadata.get("vae_sha256"):
             raise NeonError(f"{vae_file}: not the VQVAE that {path} was trained with")
         load_into(model.transformer, weights, path)
     return model.to(device)
@@ -127,11 +129,10 @@ def load(
 
 def config_of(weights, path: str | Path) -> Config:
     """The recorded configuration, or the named one with as many tokens and as wide as a released checkpoint."""
-    if recorded := weights.metadata.get("config"):
-        try:
-            return Config.from_json(recorded)
-        except (ValueError, TypeError) as error:
-            raise NeonError(f"{path}: no VAR checkpoint ({error})") from None
+    if text := weights.metadata.get("config"):
+        with recorded(weights, path, "VAR"):
+            check_arguments(Config, json.loads(text))
+            return Config.from_json(text)
     shape = weights.spec("pos_1LC")[1] if "pos_1LC" in weights else None
     for config in networks.values():
         if shape == (1, config.tokens, config.width):

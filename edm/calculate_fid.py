@@ -4,8 +4,6 @@ The number of steps is the paper's for such a network, unless given.
 """
 
 import argparse
-import contextlib
-import json
 from collections.abc import Mapping
 
 from edm import family
@@ -14,15 +12,15 @@ from neon.cli import command_line
 from neon.cli.calculate_fid import add_output, calculate_fid
 from neon.cli.options import count, peek
 from neon.sampling import parse_seeds
-from neon.weights.checkpoint import open_weights
+from neon.weights.checkpoint import check_metadata, open_weights
 
 
 def papers_sampling(checkpoint: str | None) -> Mapping[str, object]:
     """The paper's sampling options for the network that a checkpoint records; {} for another network or none."""
     recorded = {}
     if checkpoint:
-        with open_weights(checkpoint) as weights, contextlib.suppress(ValueError):
-            recorded = json.loads(weights.metadata.get("init_kwargs", "{}"))
+        with open_weights(checkpoint) as weights:
+            recorded = check_metadata(weights, "init_kwargs")
     asked = [recorded.get(name) for name in ("img_resolution", "label_dim")]
     for row in family.presets.values():
         network = family.networks[row.network]

@@ -286,3 +286,6 @@ def positional_embedding(values: torch.Tensor, channels: int) -> torch.Tensor:
     steps = torch.arange(half, dtype=torch.float32, device=values.device) / (half - 1)
     phases = values[:, None] * (1e-4**steps)
     return torch.cat([phases.sin(), phases.cos()], dim=1)
+
+
+EDMPrecond.inner = SongUNet  # takes what a checkpoint records as model_kwargs

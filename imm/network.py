@@ -209,6 +209,8 @@ class IMMPrecond(nn.Module):
     or in float32 without one. Raises NeonError for options this implementation lacks.
     """
 
+    inner = DiT  # takes the options
+
     def __init__(
         self,
         img_resolution: int,

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 
 from neon import NeonError
 from neon.data import ImageSet
-from neon.files import sha256
+from neon.files import regular, sha256
 from neon.measure.features import Extractor, Features
-from neon.weights.checkpoint import save_safetensors
+from neon.weights.checkpoint import SafetensorsWeights, check_fits, load_into, save_safetensors
+from neon.weights.network import MOST, recorded
 
 
 class DigitsCNN(nn.Module):
@@ -87,19 +87,18 @@ def digits(path: str | os.PathLike | None, device: torch.device | str = "cpu") -
     path = Path(path)
     wrong = NeonError(f"{path} does not hold a DigitsCNN; make one with train_digits_cnn and save_digits_cnn")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except OSError as error:
-        raise NeonError(f"cannot read the digits extractor {path}: {error.strerror or error}") from None
-    except SafetensorError:
-        raise wrong from None
-    if metadata.get("model") != "DigitsCNN":
-        raise wrong
+        path = regular(path)
+    except NeonError as error:
+        raise NeonError(f"cannot read the digits extractor {error}") from None
     try:
-        model = DigitsCNN(int(metadata["dim"]))
-        model.load_state_dict(state)
-    except (KeyError, ValueError, RuntimeError):
+        with SafetensorsWeights(path) as weights, recorded(weights, path, "DigitsCNN"):
+            if weights.metadata["model"] != "DigitsCNN" or int(weights.metadata["dim"]) > MOST:
+                raise wrong
+            with torch.device("meta"):
+                model = DigitsCNN(int(weights.metadata["dim"]))
+            check_fits(model, weights, path)
+            load_into(model.to_empty(device="cpu"), weights, path)
+    except NeonError:
         raise wrong from None
     model.eval().to(device)
     return Extractor(f"digits-{sha256(path)[:8]}", model.head.in_features, 10, torch.device(device), model)

@@ -10,11 +10,11 @@ from pathlib import Path
 from neon import NeonError
 from neon.family import FAMILIES, get_family
 from neon.fetch import LICENSE, NOT_STATED, TABLE, read_table
-from neon.files import existing, read_json
+from neon.files import existing, read_object
 from neon.measure.candidates import by_of
 from neon.measure.compare import Difference
 from neon.measure.evaluate import METRICS, title
-from neon.measure.rows import Rows
+from neon.measure.rows import Rows, need
 from neon.weights.checkpoint import open_weights
 
 ROLES = {"base": "base θ_r", "selftrained": "self-trained θ_s, w = −1", "neon": "this model"}
@@ -117,9 +117,14 @@ def record_of(model: Path) -> dict[str, str]:
     return {}
 
 
+OF_A_CARD = ("w", "family", "fid", "n", "seeds", "features", "reference", "budget", "num_synthetic", "dtype", "device")
+
+
 def results_of(path: str | Path) -> dict[str, Mapping]:
     """The rows of `neon final` by role. Raises NeonError if it holds others, or found no w > 0 better than the base."""
-    rows = {row.get("role"): row for row in Rows(existing(path), write=False).rows.values()}
+    found = Rows(existing(path), write=False).rows.values()
+    need(found, OF_A_CARD, path)
+    rows = {row.get("role"): row for row in found}
     if set(rows) != set(ROLES):
         raise NeonError(f"{path}: not what `neon final` wrote, or not finished")
     if (by := by_of(rows["neon"])) != "merge":
@@ -201,7 +206,7 @@ def _is_diffusers(model: Path) -> bool:
 
 
 def _task(model: Path) -> str:
-    components = read_json(model / "model_index.json") if _is_diffusers(model) else {}
+    components = read_object(model / "model_index.json") if _is_diffusers(model) else {}
     return TEXT if any(name.startswith("text_encoder") for name in components) else UNCONDITIONAL
 
 

@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from neon import NeonError, extra
-from neon.files import existing
+from neon.archives import LARGE, RATIO, open_zip
+from neon.files import existing, reading, reason_of, regular
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+PIXELS = 2**26  # of an image at most: ImageNet's largest have fewer
 IN_MEMORY = 2**30  # bytes of decoded images that are kept
 
 
@@ -50,10 +52,7 @@ class ImageSet:
         elif existing(self.path).is_dir():
             files = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*")]
         else:
-            try:
-                self._zip = zipfile.ZipFile(self.path)
-            except zipfile.BadZipFile:
-                raise NeonError(f"{path}: neither a folder nor a zip file of images") from None
+            self._zip = open_zip(self.path, "neither a folder nor a zip file of images")
             files = self._zip.namelist()
         images = (f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES)
         self.names = sorted(f for f in images if not Path(f).name.startswith("."))
@@ -79,30 +78,34 @@ class ImageSet:
         )
 
     def _read(self, name: str) -> bytes:
-        return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
+        return self._zip.read(name) if self._zip else regular(self.path / name).read_bytes()
 
     def _decode(self, index: int) -> torch.Tensor:
         name = self.names[index]
         try:
             image = Image.open(io.BytesIO(self._read(name)))
+            if image.width * image.height > PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels")
             if self.size:
                 image = centre_crop(image.convert("RGB"), self.size)
             pixels = np.array(image if image.mode == "L" else image.convert("RGB"))
         except Exception as error:  # PIL raises many kinds
-            raise NeonError(f"{self.path}: {name} is not a readable image ({error})") from None
+            raise NeonError(f"{self.path}: {name} is not a readable image ({reason_of(error)})") from None
         pixels = torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
         if hasattr(self, "shape") and tuple(pixels.shape) != self.shape:
             raise NeonError(f"{self.path}: {name} is {tuple(pixels.shape)}, the first image {self.shape}")
         return pixels
 
     def _read_labels(self) -> torch.Tensor | None:
-        try:
+        with reading(self.path, 'dataset.json is not {"labels": [[name, integer], …]}'):
             labels = json.loads(self._read("dataset.json"))["labels"]
             if labels is None:
                 return None
             table = {name: operator.index(label) for name, label in labels}
-        except (ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile):
-            raise NeonError(f'{self.path}: dataset.json is not {{"labels": [[name, integer], …]}}') from None
+            if len(table) < len(labels):
+                raise ValueError("an image has two labels")
+            if wrong := [label for label in table.values() if not 0 <= label < 2**63]:
+                raise ValueError(f"label {wrong[0]}")
         unlabelled = [name for name in self.names if name not in table]
         if unlabelled:
             raise NeonError(f"{self.path}: dataset.json has no label for {unlabelled[0]}")
@@ -118,17 +121,14 @@ class _Archives:
             raise NeonError(f"{dataset.parent}: .zip files but no dataset.json, so the set is not finished")
         self._file_of: dict[str, zipfile.ZipFile] = {}
         for path in files:
-            try:
-                archive = zipfile.ZipFile(path)
-            except zipfile.BadZipFile:
-                raise NeonError(f"{path}: not a zip file") from None
+            archive = open_zip(path)
             self._file_of |= dict.fromkeys(archive.namelist(), archive)
 
     def namelist(self) -> list[str]:
         return [*self._file_of, "dataset.json"]
 
     def read(self, name: str) -> bytes:
-        return self._dataset.read_bytes() if name == "dataset.json" else self._file_of[name].read(name)
+        return regular(self._dataset).read_bytes() if name == "dataset.json" else self._file_of[name].read(name)
 
 
 def _parquet_files(path: Path) -> list[str]:
@@ -149,18 +149,19 @@ class _Parquet:
         self._lock = threading.Lock()  # the reader of a file is not for several threads
         self._rows: dict[str, tuple[int, int, int]] = {}  # name → file, row group, row
         labels = []
-        try:
-            self._files = [pyarrow.parquet.ParquetFile(file) for file in files]
+        with reading(files[0], "no parquet file of images"):
+            self._files = [pyarrow.parquet.ParquetFile(regular(file)) for file in files]
             columns = self._files[0].schema_arrow.names
             self._images = next((name for name in columns if name in ("image", "img", "jpg", "png")), columns[0])
             label = next((name for name in columns if name in ("label", "fine_label", "cls")), None)
             for f, file in enumerate(self._files):
+                _check_claims(file.metadata, files[f])
+                if label and not str(file.schema_arrow.field(label).type).startswith(("int", "uint", "dictionary")):
+                    raise NeonError(f"{files[f]}: its labels are {file.schema_arrow.field(label).type}, not integers")
                 for group in range(file.num_row_groups):
                     for row in range(file.metadata.row_group(group).num_rows):
                         self._rows[f"{len(self._rows):08d}.png"] = f, group, row
                 labels += file.read([label])[label].to_pylist() if label else []
-        except (OSError, pyarrow.ArrowException, IndexError) as error:
-            raise NeonError(f"{files[0]}: no parquet file of images ({error})") from None
         self._labels = json.dumps({"labels": list(zip(self._rows, labels)) or None}).encode()
         self._group = lru_cache(maxsize=4)(self._read_group)
 
@@ -177,6 +178,19 @@ class _Parquet:
 
     def _read_group(self, f: int, group: int):
         return self._files[f].read_row_group(group, [self._images])[self._images]
+
+
+def _check_claims(metadata, path: str) -> None:
+    """Raises NeonError if a parquet file claims more rows or bytes than there can be in it."""
+    size = Path(path).stat().st_size
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    rows = sum(group.num_rows for group in groups)
+    if not 0 <= rows <= size or min((group.num_rows for group in groups), default=0) < 0:
+        raise NeonError(f"{path}: claims {rows:,} rows in {size:,} bytes")
+    for group in groups:
+        for column in map(group.column, range(group.num_columns)):
+            if column.total_uncompressed_size > max(LARGE, RATIO * column.total_compressed_size):
+                raise NeonError(f"{path}: a column claims {column.total_uncompressed_size:,} bytes")
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

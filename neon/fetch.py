@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
 
-from neon import NeonError
-from neon.files import atomic, locked, progress, sha256
+from neon import Missing, NeonError
+from neon.files import atomic, locked, progress, reading, regular, sha256
 
 TABLE = "downloads.csv"
 COLUMNS = ["group", "path", "source", "size", "sha256"]
@@ -126,9 +126,9 @@ def read_table(path: str | Path = TABLE) -> list[dict[str, str]]:
     Raises NeonError.
     """
     try:
-        with open(path, newline="") as f:
+        with regular(path).open(newline="") as f, reading(path, f"not a table of {', '.join(COLUMNS)}"):
             rows = list(csv.DictReader(f))
-    except FileNotFoundError:
+    except Missing:
         raise NeonError(f"{path}: no such file; run this in the root of the repository") from None
     for row in rows:
         whole = list(row) in (COLUMNS, [*COLUMNS, LICENSE]) and None not in row.values()

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
     The temporary name is fixed: the next process overwrites what a killed one has left.
     """
-    path = Path(path)
+    path = named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     _remove(partial)
@@ -88,10 +89,16 @@ def write_json(path: str | Path, value) -> None:
 
 def read_json(path: str | Path):
     """The parsed file. Raises NeonError if it is missing or no JSON."""
-    try:
-        return from_json(existing(path).read_text())
-    except (ValueError, RecursionError) as error:
-        raise NeonError(f"{path}: not JSON ({error})") from None
+    path = regular(path)
+    with reading(path, "not JSON"):
+        return from_json(path.read_text(encoding="utf-8"))
+
+
+def read_object(path: str | Path) -> dict:
+    """The JSON object in a file. Raises NeonError if there is anything else in it."""
+    if not isinstance(found := read_json(path), dict):
+        raise NeonError(f"{path}: not JSON of an object, {{…}}")
+    return found
 
 
 NOT_FINITE = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
@@ -122,12 +129,60 @@ def _each(value, change: Callable):
     return change(value)
 
 
+KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
 def existing(path: str | Path) -> Path:
-    """`path`, which must exist. Raises Missing."""
+    """`path`, which must be a file or a folder. Raises Missing, or NeonError: a pipe could wait for ever."""
     path = Path(path)
-    if not path.exists():
-        raise Missing(path)
+    if kind := KINDS.get(stat.S_IFMT(_mode(path))):
+        raise NeonError(f"{path}: {kind}, not a file")
     return path
+
+
+def regular(path: str | Path) -> Path:
+    """`path`, which must be a file. Raises as `existing` does, also for a folder."""
+    path = existing(path)
+    if path.is_dir():
+        raise NeonError(f"{path}: a folder, not a file")
+    return path
+
+
+def _mode(path: Path) -> int:
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise Missing(path) from None
+    except (OSError, ValueError) as error:  # no permission, a circle of links, a name that no file can have
+        raise NeonError(f"{str(path)!r}: {reason_of(error)}") from None
+
+
+def named(path: str | Path) -> Path:
+    """`path`, which must end with a name that a file can have. Raises NeonError."""
+    path = Path(path)
+    if path.name in ("", "..") or "\0" in str(path):
+        raise NeonError(f"{str(path)!r} is no name for a file or a folder")
+    return path
+
+
+@contextmanager
+def reading(path: str | Path, wrong: str) -> Iterator[None]:
+    """In the block a library reads `path`: whatever it raises becomes one NeonError, 'PATH: WRONG (reason)'.
+
+    wrong: what the file then is, such as 'not JSON'.
+    """
+    try:
+        yield
+    except NeonError:
+        raise
+    except Exception as error:  # of a damaged file, nearly anything, MemoryError too
+        raise NeonError(f"{path}: {wrong} ({reason_of(error)})") from None
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what an exception says, at most 200 characters; its type if it says nothing."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.strip().partition("\n")[0].split())[:200] or type(error).__name__
 
 
 def same_file(one: str | Path, other: str | Path) -> bool:

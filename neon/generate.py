@@ -11,7 +11,7 @@ import torch
 from neon import NeonError
 from neon.data import encode_png, image_name
 from neon.distributed import World
-from neon.files import atomic, discard, progress, read_json, write_json
+from neon.files import atomic, discard, progress, read_object, write_json
 from neon.sampling import shard as batches_of
 
 
@@ -70,10 +70,10 @@ def _claim(out: Path, identity: dict, world: World, replace: bool) -> None:
     """Make `out` the folder of this set. Raises NeonError if it holds anything else."""
     record = out / "generate.json"
     world.barrier()
-    if replace and world.rank == 0 and record.exists() and read_json(record) != identity:
+    if replace and world.rank == 0 and record.exists() and read_object(record) != identity:
         discard(out)
     world.barrier()
-    if record.exists() and (found := read_json(record)) != identity:
+    if record.exists() and (found := read_object(record)) != identity:
         differs = next(k for k in sorted(found.keys() | identity.keys()) if found.get(k) != identity.get(k))
         raise NeonError(f"{out} holds another set ({differs} differs); choose another --out")
     if not record.exists() and out.exists() and any(out.iterdir()):

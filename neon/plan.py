@@ -10,7 +10,7 @@ from neon import NeonError, extra
 from neon.cost import TF32, Cost, Device, features, image_shape, sampling, sizes, training
 from neon.family import Family, Recipe, get_family, named
 from neon.fetch import TABLE, read_table
-from neon.files import existing
+from neon.files import existing, reading, regular
 from neon.gmo import modification
 from neon.sampling import parse_seeds
 from neon.search import parse_grid
@@ -184,10 +184,8 @@ def read_params(path: str | Path) -> dict:
     with extra("pipeline"):
         import yaml
 
-    try:
-        found = yaml.safe_load(existing(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise NeonError(f"{path}: not YAML ({error})") from None
+    with reading(path, "not YAML"):
+        found = yaml.safe_load(regular(path).read_text())
     if not isinstance(found, dict) or not isinstance(found.get("models"), dict):
         raise NeonError(f"{path}: no `models` in it, as params.yaml of the pipeline has")
     return found
@@ -198,7 +196,7 @@ def plan(path: str | Path) -> list[Row]:
     params = read_params(path)
     try:
         return list(_Plan(params).rows())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise NeonError(f"{path}: not the parameters of the pipeline ({type(error).__name__}: {error})") from None
 
 

@@ -6,6 +6,7 @@ they change its result by the order of floating-point sums only.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -20,11 +21,11 @@ from neon.data import ORDERS, ImageSet, batches
 from neon.distributed import World
 from neon.dropout import masks_of
 from neon.family import Family, Recipe, rows_of
-from neon.files import discard, progress, to_json
+from neon.files import discard, progress, regular, to_json
 from neon.precision import autocast
 from neon.sampling import part_of
 from neon.stop import Terminated, deferred
-from neon.weights.checkpoint import open_weights, save_safetensors
+from neon.weights.checkpoint import Weights, check_metadata, open_weights, save_safetensors
 
 STATE = "state.safetensors"
 
@@ -243,7 +244,7 @@ def _difference(path: Path, identity: dict) -> str | None:
     with open_weights(path) as state:
         if "run" not in state.metadata:
             raise NeonError(f"{path} is not the state of a training run; choose another --out")
-        saved = json.loads(state.metadata["run"])
+        saved = check_metadata(state, "run")
     for key in sorted(identity.keys() | saved.keys()):
         if identity.get(key) != saved.get(key):
             was, now = saved.get(key), identity.get(key)
@@ -261,8 +262,9 @@ def _restore(path: Path, identity: dict, params, ema, optimizer, scaler) -> int:
     if difference := _difference(path, identity):
         raise NeonError(difference)
     with open_weights(path) as state:
+        images = check_state(state, params, ema, scaler, identity)
         if not len(state):  # not begun, or finished
-            return int(state.metadata["images"])
+            return images
         for name, p in params.items():
             p.copy_(state[f"param/{name}"])
             if ema is not None:
@@ -274,7 +276,40 @@ def _restore(path: Path, identity: dict, params, ema, optimizer, scaler) -> int:
                 k: torch.empty_like(p).copy_(t) if t.ndim else t.to(p.device) for k, t in found.items()
             }
         scaler.load_state_dict(json.loads(state.metadata["scaler"]))
-        return int(state.metadata["images"])
+        return images
+
+
+def check_state(state: Weights, params: Mapping, ema: Mapping | None, scaler, identity: Mapping) -> int:
+    """The images that a saved state has seen. Raises NeonError unless all in it is as _save has written it for these
+    parameters: a moment of another shape would be written over other memory by fused optimizers."""
+    wrong = f"{state.path} is damaged, or not of this run: "
+    images, batch, budget = state.metadata.get("images", ""), identity["batch"], identity["budget"]
+    if not (re.fullmatch(r"\d{1,18}", images, re.ASCII) and int(images) % batch == 0 and int(images) < budget + batch):
+        raise NeonError(f"{wrong}images is {images[:40]!r}")
+    if bool(len(state)) != (0 < int(images) < budget):
+        raise NeonError(f"{wrong}{len(state)} tensors after {images} images")
+    if not len(state):
+        return int(images)
+    wanted = {f"param/{name}": _spec(p) for name, p in params.items()}
+    wanted |= {f"ema/{name}": _spec(p) for name, p in (ema or {}).items()}
+    for name, p in params.items():
+        slots = {"step": (torch.float32, ()), "exp_avg": _spec(p), "exp_avg_sq": _spec(p)}
+        slots = {f"{slot}/{name}": spec for slot, spec in slots.items()}
+        if any(slot in state for slot in slots):  # a parameter without gradients has none
+            wanted |= slots
+    for name in [*wanted, *state]:
+        if name not in state or name not in wanted:
+            raise NeonError(f"{wrong}{name} is {'missing' if name in wanted else 'not of this network'}")
+        if state.spec(name) != wanted[name]:
+            raise NeonError(f"{wrong}{name} is {state.spec(name)}, not {wanted[name]}")
+    found, own = check_metadata(state, "scaler"), scaler.state_dict()
+    if found.keys() != own.keys() or any(type(found[name]) not in (int, float) for name in own):
+        raise NeonError(f"{wrong}its scaler is {str(found)[:60]}")
+    return int(images)
+
+
+def _spec(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+    return tensor.dtype, tuple(tensor.shape)
 
 
 class _Requests:
@@ -321,8 +356,8 @@ class _Log:
         self.board = _board(tensorboard, images) if tensorboard and world.rank == 0 else None
         if world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(line for line in lines if _images_of(line) <= images))
+            lines = regular(path).read_bytes().splitlines(keepends=True) if path.exists() else []
+            path.write_bytes(b"".join(line for line in lines if _images_of(line, path) <= images))
 
     def add(self, images: int, loss: torch.Tensor, norm: torch.Tensor, lr: float, flush: bool) -> dict | None:
         """Count a step; the line, if one is due. Raises NeonError if the mean loss is not finite."""
@@ -362,8 +397,13 @@ def _board(folder: str | Path, images: int):
     return SummaryWriter(str(folder), purge_step=images + 1)
 
 
-def _images_of(line: str) -> float:
+def _images_of(line: bytes, path: Path) -> float:
+    """Of a line of the log; inf for one that was torn by a kill. Raises NeonError if it is none of a log."""
     try:
-        return json.loads(line)["images"]
-    except (ValueError, KeyError):  # torn by a kill
+        found = json.loads(line)
+    except (ValueError, RecursionError):
         return float("inf")
+    images = found.get("images") if isinstance(found, dict) else None
+    if type(images) is not int or images < 0:
+        raise NeonError(f"{path}: not the log of a training run ({str(found)[:60]})")
+    return images

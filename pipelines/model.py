@@ -15,7 +15,7 @@ from torch import nn
 from neon import NeonError, extra
 from neon.dropout import Dropout
 from neon.family import named
-from neon.files import existing, read_json, same_file
+from neon.files import existing, read_object, reading, reason_of, same_file
 from neon.weights.checkpoint import load_into, open_weights, values_sha256
 from neon.weights.pipeline import INDEX, is_pipeline, trained_component, weights_file
 from pipelines.configs import NETWORKS, SCHEDULER
@@ -153,7 +153,7 @@ def _place(path: Path, pipeline: str) -> tuple[Path | None, str, Mapping]:
     if path.is_dir() and is_pipeline(path):
         return path, trained_component(path), {}
     component = path if path.is_dir() else path.absolute().parent
-    if not pipeline and is_pipeline(component.parent) and component.name in read_json(component.parent / INDEX):
+    if not pipeline and is_pipeline(component.parent) and component.name in read_object(component.parent / INDEX):
         return component.parent, component.name, {}
     with open_weights(path) as weights:
         record = _record(weights.metadata, path)
@@ -171,10 +171,18 @@ def _record(metadata: Mapping[str, str], path: Path) -> Mapping:
     """What the header of a file of ours says of its pipeline; nothing, of another file. Raises NeonError."""
     try:
         record = json.loads(metadata.get("pipeline", "{}"))
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
         if record:
             kind_of(record["class"])
-            _ = *record["network"], *record["scheduler"], record["component"]
-    except (ValueError, KeyError, TypeError) as error:
+            for part in ("network", "scheduler"):
+                name, config = record[part]
+                if not (isinstance(name, str) and isinstance(config, dict)):
+                    raise ValueError(f"{part} is not [class, config]")
+            if not all(isinstance(record.get(name, ""), str) for name in ("component", "folder", "frozen_sha256")):
+                raise ValueError("component, folder or frozen_sha256 is not text")
+            _ = record["component"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise NeonError(f"{path}: its record of a pipeline is damaged ({error})") from None
     return record
 
@@ -195,14 +203,14 @@ def _recorded(record: Mapping, precision: str, hollow: bool = False) -> Model:
         with torch.device("meta" if hollow else "cpu"), _silent(diffusers):
             unet = kinds[0](**options)
         pipe = getattr(diffusers, record["class"])(unet, kinds[1](**settings))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise NeonError(f"a pipeline that diffusers cannot build ({error})") from None
+    except Exception as error:  # of the library's constructors
+        raise NeonError(f"a pipeline that diffusers cannot build ({reason_of(error)})") from None
     return Model(_quiet(pipe, "unet", hollow), "unet", None, precision)
 
 
 def _pipe(folder: Path, component: str, hollow: bool):
     """The pipeline of a folder, in float32. Raises NeonError."""
-    index = read_json(folder / INDEX)
+    index = read_object(folder / INDEX)
     kind_of(index.get("_class_name"))
     if component not in index or not (folder / component).is_dir():
         raise NeonError(f"{folder}: its component {component} is missing")
@@ -216,7 +224,9 @@ def _pipe(folder: Path, component: str, hollow: bool):
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, **given
             )
-    except (OSError, ValueError, ImportError, AttributeError, TypeError, RuntimeError) as error:
+    except NeonError:
+        raise
+    except Exception as error:  # of diffusers, transformers and what they read with
         reason = " ".join(str(error).split())[:300]
         raise NeonError(f"{folder}: diffusers cannot load this pipeline ({reason})") from None
     return _quiet(pipe, component, hollow)
@@ -263,10 +273,8 @@ def _prompts(pipe, file: str) -> tuple[str, ...]:
         )
     if file and not wanted:
         raise NeonError(f"{type(pipe).__name__} takes no prompts")
-    try:
+    with reading(file, "not a text file of prompts"):
         lines = existing(file).read_text(encoding="utf-8").splitlines() if file else []
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise NeonError(f"{file}: not a text file of prompts") from None
     if file and not (lines := [line.strip() for line in lines if line.strip()]):
         raise NeonError(f"{file}: no prompts in it")
     return tuple(lines)

@@ -13,10 +13,11 @@ import pandas as pd
 
 from neon import NeonError
 from neon.cli import command_line
-from neon.files import atomic, existing, write_json
+from neon.files import atomic, regular, write_json
 from report.tables import rows_of, table_of
 
 SUMMARY = ["fid_base", "fid_neon", "fid_selftrained", "gain", "w_star"]
+NUMBERS = ("w", "fid", *SUMMARY)  # columns
 METRICS = ("fid", "fid_se", "is", "precision", "recall")
 
 
@@ -48,11 +49,15 @@ def summary(table: pd.DataFrame) -> dict[str, dict[str, float]]:
 def read_csv(path: str, columns: Sequence[str]) -> pd.DataFrame:
     """The table of a file that has these columns. Raises NeonError."""
     try:
-        table = pd.read_csv(existing(path))
-    except ValueError:  # of pandas and of decoding
+        table = pd.read_csv(regular(path))
+    except NeonError:
+        raise
+    except Exception:  # of pandas and of decoding
         table = pd.DataFrame()
     if missing := [name for name in columns if name not in table]:
         raise NeonError(f"{path}: no table with a column {missing[0]}")
+    if wrong := [name for name in columns if name in NUMBERS and not pd.api.types.is_numeric_dtype(table[name])]:
+        raise NeonError(f"{path}: its column {wrong[0]} does not hold numbers")
     return table
 
 

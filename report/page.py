@@ -19,7 +19,7 @@ from PIL import Image
 
 from neon import NeonError
 from neon.cli import command_line
-from neon.files import atomic, existing
+from neon.files import atomic, existing, reading
 
 NOTEBOOKS = ("samples", "w_curves", "landscape", "budget", "ablations", "table_a1", "toy_gaussian", "quickstart")
 FORMULA = r"\$\$(.+?)\$\$|\$([^$\n][^$]*?)\$"
@@ -49,11 +49,14 @@ def page(notebooks: Sequence[str | Path], title: str) -> str:
     """
     index, sections = [], []
     for path in map(existing, notebooks):
-        cells = _cells(path)
-        body = "\n".join(_cell(cell, path.stem) for cell in cells)
-        heading = next((line[2:] for c in cells for line in c.source.splitlines() if line.startswith("# ")), path.stem)
-        figure = re.search(r'base64,([^"]*)"', body)
-        index.append(f'<a href="#{path.stem}">{_thumbnail(figure[1]) if figure else ""}<br>{html.escape(heading)}</a>')
+        with reading(path, "not a notebook that can be shown"):
+            cells = _cells(path)
+            body = "\n".join(_cell(cell, path.stem) for cell in cells)
+            lines = (line for cell in cells for line in cell.source.splitlines())
+            heading = next((line[2:] for line in lines if line.startswith("# ")), path.stem)
+            figure = re.search(r'base64,([^"]*)"', body)
+            figure = figure and _thumbnail(figure[1])
+        index.append(f'<a href="#{path.stem}">{figure or ""}<br>{html.escape(heading)}</a>')
         sections.append(f'<section id="{path.stem}">\n{body}\n</section>')
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

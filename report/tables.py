@@ -16,9 +16,9 @@ import yaml
 
 from neon import NeonError
 from neon.cli import command_line
-from neon.files import atomic, existing, read_json
+from neon.files import atomic, existing, read_object, reading, regular
 from neon.measure.metrics import t_interval
-from neon.measure.rows import Rows
+from neon.measure.rows import Rows, need, row_of
 
 SUMMARY = [
     *("family", "seeds", "w_star", "w_lo", "w_hi", "cfg_star"),
@@ -51,11 +51,11 @@ def rows_of(path: str | Path, final: bool = False) -> list[dict]:
     """
     path = existing(path)
     if path.suffix == ".json":
-        row = read_json(path)
-        if not (isinstance(row, dict) and {"family", "w"} <= row.keys()):
-            raise NeonError(f"{path}: holds something other than a row of results")
+        row = row_of(path)
+        need([row], ("family", "w"), path)
         return [{"role": "released", **row}]
     rows = list(Rows(path, write=False).rows.values())
+    need(rows, ("family", "w", "fid"), path)
     if final and any("role" not in row for row in rows):
         raise NeonError(f"{path}: not what `neon final` wrote")
     return rows
@@ -95,23 +95,27 @@ def read_curves(files: Mapping[Path, Mapping[str, object]]) -> pd.DataFrame:
 
 def _curve(rows: Path, columns: Mapping[str, object]) -> pd.DataFrame:
     path = beside(rows, "curve.csv")
-    try:
-        curve = pd.read_csv(path).rename(columns=OTHER_NAMES)
+    with reading(path, "holds something other than a predicted curve"):
+        curve = pd.read_csv(regular(path)).rename(columns=OTHER_NAMES)
         curve["w"] = curve["w"].astype(float).round(10) + 0.0  # no −0
         curve[["budget", "fid"]] = curve[["budget", "fid"]].astype(float)
-    except (ValueError, KeyError):
-        raise NeonError(f"{path}: holds something other than a predicted curve") from None
-    return curve.assign(family=rows_of(rows)[0]["family"], **columns).reindex(columns=PREDICTED)
+    family = next((row["family"] for row in rows_of(rows)), None)
+    return curve.assign(family=family, **columns).reindex(columns=PREDICTED)
 
 
 def read_best(files: Mapping[Path, Mapping[str, object]]) -> pd.DataFrame:
     """Each seed's best w and its interval, from X.best.json next to the rows X.jsonl, as far as there. Columns BEST."""
     found = [
-        {**read_json(path), **columns}
-        for rows, columns in files.items()
-        if (path := beside(rows, "best.json")).exists()
+        {**_best(path), **columns} for rows, columns in files.items() if (path := beside(rows, "best.json")).exists()
     ]
     return pd.DataFrame(found).reindex(columns=BEST).dropna()
+
+
+def _best(path: Path) -> dict:
+    found = read_object(path)
+    if wrong := [name for name in ("w", "w_lo", "w_hi") if type(found.get(name, 0.0)) not in (int, float)]:
+        raise NeonError(f"{path}: its {wrong[0]} is no number")
+    return found
 
 
 def beside(rows: Path, name: str) -> Path:
@@ -345,16 +349,15 @@ def write_all(folder: Path, tables: Mapping[str, str]) -> None:
 
 def read_table(path: Path) -> pd.DataFrame | None:
     """A table of results; None if it is not there or has no lines."""
-    table = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    with reading(path, "not a table"):
+        table = pd.read_csv(regular(path)) if path.exists() else pd.DataFrame()
     return None if table.empty else table
 
 
 def read_titles(path: Path) -> dict[str, str]:
     """Setting → title, in order, from the YAML file's entry `titles`. Raises NeonError."""
-    try:
-        return dict(yaml.safe_load(existing(path).read_text())["titles"])
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        raise NeonError(f"{path}: not YAML with an entry `titles`, setting: title") from None
+    with reading(path, "not YAML with an entry `titles`, setting: title"):
+        return dict(yaml.safe_load(regular(path).read_text())["titles"])
 
 
 def read_ordered(roots: Iterable[Path], kind: str, titles: Mapping[str, str]) -> pd.DataFrame:

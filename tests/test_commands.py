@@ -245,7 +245,7 @@ WRONG = {
     "no metric": (lambda m, out: evaluate(m, "--metrics", ""), "unknown metric ''"),
     "search without fid": (lambda m, out: search(m, out, "--metrics", "is"), "fid"),
     "extractor": (lambda m, out: evaluate(m, "--features", "vgg"), "no feature extractor 'vgg'"),
-    "extractor file": (lambda m, out: evaluate(m, "--features", "digits:gone"), "No such file"),
+    "extractor file": (lambda m, out: evaluate(m, "--features", "digits:gone"), "no such file"),
     "extractor weights": (lambda m, out: evaluate(m, "--features", f"digits:{m.base}"), "not hold a DigitsCNN"),
     "seeds": (lambda m, out: generate(m, out, "--seeds", "a-b"), "not a list of seeds: 'a-b'"),
     "no seeds": (lambda m, out: evaluate(m, "--seeds", ""), "not a list of seeds"),

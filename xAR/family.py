@@ -14,6 +14,7 @@ from neon.family import check_images, named, option
 from neon.precision import autocast, decoder, network
 from neon.sampling import Streams, from_uint8, to_uint8
 from neon.weights.checkpoint import Weights, load_into, load_weights, open_weights, values_sha256
+from neon.weights.network import check_arguments, recorded
 from nets.images import mirror
 from xAR import loss as loss_numbers
 from xAR.configs import NETWORKS, PRESETS, RECIPES
@@ -132,10 +133,8 @@ def load(
     """
     with open_weights(path) as weights:
         config = {**config_of(weights, path), **options}
-        try:
+        with recorded(weights, path, "xAR"):
             model = Model(config, vae_path, precision)
-        except (TypeError, ValueError, KeyError) as error:
-            raise NeonError(f"{path}: no xAR checkpoint ({error})") from None
         known = weights.metadata
         if "vae_sha256" in known and known["vae_sha256"] != _vae_sha256(model):
             raise NeonError(f"{vae_path}: not the VAE that {path} was trained with")
@@ -146,7 +145,10 @@ def load(
 def config_of(weights: Weights, path: str | Path) -> dict[str, object]:
     """The recorded configuration, or for a released file the named one of that many classes and that width."""
     if "config" in weights.metadata:
-        return json.loads(weights.metadata["config"])
+        with recorded(weights, path, "xAR"):
+            found = json.loads(weights.metadata["config"])
+            check_arguments(XAR, {name: value for name, value in found.items() if name != "vae"})
+            return found
     shape = weights.spec("class_emb.weight")[1] if "class_emb.weight" in weights else None
     for config in networks.values():
         if shape == (config.get("classes", 1000) + 1, config["dim"]):

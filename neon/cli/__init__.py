@@ -4,7 +4,9 @@ plan.py says what it would cost."""
 import json
 import os
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,11 +19,16 @@ from neon.stop import STATUS, Terminated, attended, leaves
 def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
     """Run a command of the `neon` program."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    debug = DEBUG in argv
+    argv = [word for word in argv if word != DEBUG]
 
     def run():
+        from neon.cli.options import check_paths
         from neon.cli.parser import parse
 
+        check_words(argv)
         args = parse(argv, prog)
+        check_paths(args)
         # Only now that the options are right: these load torch.
         if args.run == "run_plan" or isinstance(getattr(args, "dry_run", None), str):  # --dry_run DEVICE
             from neon.cli import plan as commands  # what the command would cost
@@ -35,19 +42,38 @@ def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
         with leaves(args.left.format(**vars(args))):
             getattr(commands, args.run)(args)
 
-    command_line(run)
+    command_line(run, debug)
 
 
-def command_line(run: Callable[[], None]) -> None:
+DEBUG = "--debug"  # of every command and script: show the traceback of what is not expected
+UNEXPECTED = 70  # exit status; EX_SOFTWARE of sysexits.h
+
+
+def command_line(run: Callable[[], None], debug: bool = False) -> None:
     """Call `run` as a program: what the user can fix becomes one line on stderr and exit status 1.
 
-    SIGTERM becomes one line that says what is saved, and exit status 143.
+    SIGTERM becomes one line that says what is saved, and exit status 143. Anything that is not expected becomes one
+    line too, and exit status 70; its traceback is in a file, or on stderr with debug or --debug among the words.
     """
-    if ended := _ended_by(run):
+    if DEBUG in sys.argv[1:]:
+        debug = True
+        sys.argv.remove(DEBUG)
+    if ended := _ended_by(run, debug):
         _exit(*ended)
 
 
-def _ended_by(run: Callable[[], None]) -> tuple[str, int] | None:
+def check_words(argv: Sequence[str]) -> None:
+    """Raises NeonError for a word that no file's name can be part of: not UTF-8, or with a NUL in it."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise NeonError(f"{word!r} is not UTF-8") from None
+        if "\0" in word:
+            raise NeonError(f"{word!r} has a NUL in it")
+
+
+def _ended_by(run: Callable[[], None], debug: bool = False) -> tuple[str, int] | None:
     """The line and the exit status of a run that fails or is stopped."""
     try:
         with attended(), leaves("nothing of it is kept"):
@@ -63,7 +89,24 @@ def _ended_by(run: Callable[[], None]) -> tuple[str, int] | None:
         return "", 130
     except Terminated as stopped:
         return f"stopped by SIGTERM: {stopped}", STATUS
+    except Exception as error:
+        return _unexpected(error, debug), UNEXPECTED
     return None
+
+
+def _unexpected(error: Exception, debug: bool) -> str:
+    """The line about a fault that is ours, and its traceback: on stderr, or in a new file."""
+    what = f"error: unexpected {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    text = "".join(traceback.format_exception(error))
+    if debug:
+        print(text, file=sys.stderr, end="", flush=True)
+        return what
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="neon-", suffix=".txt", delete=False, errors="replace") as file:
+            file.write(text)
+    except OSError:
+        return f"{what}; {DEBUG} shows the traceback"
+    return f"{what}; the traceback is in {file.name} ({DEBUG} shows it)"
 
 
 def _how_to_get(path: str | Path) -> str:

@@ -48,6 +48,7 @@ from neon.measure.rows import (
     images_of_seeds,
     key_of,
     measure,
+    need,
     sampled_by,
     scorer,
 )
@@ -346,6 +347,7 @@ def run_final(args) -> None:
     searched = list(Rows(existing(args.search), write=False).rows.values())
     if not searched:
         raise NeonError(f"{args.search}: no finished evaluation in it")
+    need(searched, ("w", "base", "base_sha256", "fid", "selftrained"), args.search, family.Sampling)
     if searched[0]["base_sha256"] != digest(existing(args.base)):
         raise NeonError(f"{args.search} started from another base, {searched[0]['base']}")
     check_made_alike(searched, args.by)
@@ -450,6 +452,7 @@ def run_grid(args) -> None:
     rows = Rows(existing(args.final), write=False).rows.values()
     if not rows or any("role" not in row for row in rows):
         raise NeonError(f"{args.final}: not what `neon final` wrote")
+    need(rows, ("w", "family", "tf32"), args.final)
     if others := {row["family"] for row in rows} - {family.name}:
         raise NeonError(f"{args.final}: rows of {', '.join(others)}, not of {family.name}")
     with world(args.device, any(row["tf32"] for row in rows)) as here:

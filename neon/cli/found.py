@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from neon import NeonError
-from neon.files import atomic, existing, read_json
+from neon.files import atomic, existing
 from neon.measure.compare import Difference
 from neon.measure.kept import Kept, folder_of
-from neon.measure.rows import Rows
+from neon.measure.rows import Rows, need, row_of
 from neon.surface import Found, SurfaceSearch
 
 
@@ -74,7 +74,8 @@ def chosen_row(text: str) -> tuple[dict, Kept]:
     """'x.json', 'x.jsonl:ROLE', 'x.jsonl:best' or 'x.jsonl:NUMBER' → a row and its features. Raises NeonError."""
     path, which = (text, "") if Path(text).exists() or ":" not in text else text.rpartition(":")[::2]
     path = existing(path)
-    rows = [read_json(path)] if path.suffix == ".json" else list(Rows(path, write=False).rows.values())
+    rows = [row_of(path)] if path.suffix == ".json" else list(Rows(path, write=False).rows.values())
+    need(rows, ("w", "fid", "features", "reference"), path)
     known = {str(i): row for i, row in enumerate(rows)} | {row["role"]: row for row in rows if "role" in row}
     finite = [row for row in rows if math.isfinite(row["fid"])]
     known |= {"best": min(finite, key=lambda row: row["fid"])} if finite else {}
@@ -84,6 +85,8 @@ def chosen_row(text: str) -> tuple[dict, Kept]:
     row = known[which]
     if "kept" not in row:
         raise NeonError(f"{text}: measured without keeping its features; measure it again")
+    if Path(row["kept"]).name != row["kept"]:
+        raise NeonError(f"{text}: its features are {row['kept']!r}, which is no file in {folder_of(path)}")
     return row, Kept(folder_of(path) / row["kept"])
 
 

@@ -6,6 +6,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from neon import NeonError
+from neon.cli.help import PATHS
 from neon.family import FAMILIES, Preset
 from neon.precision import DTYPES
 
@@ -294,7 +296,7 @@ def natural(text: str) -> int:
     """'6M', '500k', '50176', '0' → int. Raises ValueError, as argparse expects."""
     factor = {"k": 1000, "M": 1_000_000}.get(text[-1:], 1)
     number = float(text if factor == 1 else text[:-1]) * factor
-    if not 0 <= number < float("inf"):
+    if not 0 <= number < 2**63:
         raise ValueError
     return round(number)
 
@@ -332,10 +334,23 @@ def group(text: str) -> tuple[str, float]:
 
 
 def checkpoint(text: str) -> Path:
-    """A file, or a training folder, which stands for its last snapshot."""
+    """A file, or a training folder, which stands for its last snapshot. Raises ValueError, as argparse expects."""
     from neon.selftrain import snapshots
 
+    if not text:
+        raise ValueError
     return snapshots(text)[-1]
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Raises NeonError for a path that is '', and for an --out that does not end with a name: . or /."""
+    from neon.files import named
+
+    given = {name: getattr(args, name, None) for name in PATHS}
+    if empty := [name for name, value in given.items() if value == "" or value == [""]]:
+        raise NeonError(f"{option_of(empty[0])} is empty: give the name of a file or a folder")
+    if given["out"]:
+        named(given["out"])
 
 
 def sampling_options(args, family) -> dict:

@@ -72,6 +72,9 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping], measured: bool)
         + epilog("neon"),
     )
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--debug", action="store_true", help="of every command: print the traceback of an error that is not expected"
+    )
     shells = ("bash", "zsh", "tcsh")
     parser.add_argument("--completion", action=Completion, choices=shells, help="print a completion script for a shell")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from neon import NeonError
+from neon import Missing, NeonError
 from neon.fetch import fetch
 from neon.files import sha256
+from neon.weights.checkpoint import torch_load
 
 # What `--features NAME[:ARGUMENT]` may name: a function (argument, device) → Extractor, imported when it is asked for.
 EXTRACTORS = {
@@ -108,11 +109,11 @@ def _download_inception() -> Path:
 def load_state(path: Path, network: str) -> dict[str, torch.Tensor]:
     """What torch.save wrote, without running anything in it. Raises NeonError; network: its name there."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+        return torch_load(path)
+    except Missing:
         raise NeonError(f"no {network} weights at {path}") from None
-    except Exception:  # torch.load raises whatever a broken file provokes
-        raise NeonError(f"{path} is not a file of PyTorch weights") from None
+    except NeonError as error:
+        raise NeonError(f"{path} is not a file of PyTorch weights ({error})") from None
 
 
 def _randomize(module: nn.Module) -> None:

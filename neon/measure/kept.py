@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
-from zlib import error as ZlibError
 
 import numpy as np
 import torch
 
 from neon import NeonError
+from neon.archives import read_npz
 from neon.distributed import World
 from neon.files import atomic
 from neon.measure.features import Features
@@ -50,11 +49,14 @@ class Kept:
 
     def _arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                found = {name: torch.from_numpy(archive[name]) for name in archive}
-            return found["seeds"], found["features"], found.get("logits")
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, ZlibError):
+            found = {name: torch.from_numpy(array) for name, array in read_npz(self.path).items()}
+        except NeonError:
             raise NeonError(f"{self.path}: not features that were kept; delete it") from None
+        seeds, features, logits = (found.get(name) for name in ("seeds", "features", "logits"))
+        whole = seeds is not None and seeds.dtype == torch.int64 and seeds.ndim == 1
+        if not whole or features is None or not _rows_of(features, seeds) or not _rows_of(logits, seeds):
+            raise NeonError(f"{self.path}: not features that were kept; delete it")
+        return seeds, features, logits
 
     def write(self, seeds: torch.Tensor, own: Features, world: World = ALONE) -> None:
         """Keep the features of all seeds; own: those of this rank, which follow those of the ranks before."""
@@ -66,6 +68,11 @@ class Kept:
             with atomic(self.path) as partial, open(partial, "wb") as file:
                 np.savez(file, **arrays)
         world.barrier()
+
+
+def _rows_of(values: torch.Tensor | None, seeds: torch.Tensor) -> bool:
+    """Is there a row of float32 for every seed, or nothing?"""
+    return values is None or (values.dtype == torch.float32 and values.ndim == 2 and len(values) == len(seeds))
 
 
 def joined(parts: list[Features], dim: int) -> Features:

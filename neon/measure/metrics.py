@@ -11,9 +11,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from zipfile import BadZipFile
-from zlib import error as ZlibError
 
 import numpy as np
 import torch
@@ -21,7 +18,8 @@ import torch.nn.functional as F
 from scipy.special import stdtrit
 
 from neon import Diverged, NeonError
-from neon.files import atomic, sha256
+from neon.archives import read_npz
+from neon.files import atomic, regular, sha256
 
 AllReduce = Callable[[torch.Tensor], object]  # sums a tensor over ranks in place, as torch.distributed.all_reduce does
 BLOCK = 256  # columns at a time of a product of which half is known, by symmetry or zeros
@@ -104,7 +102,7 @@ class Reference:
             root, wrong = _root(self.sigma).contiguous(), "sigma is no covariance matrix"
         probe = torch.randn(len(root), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(root)
         error = root @ (root.T @ probe) - self.sigma @ probe
-        if error.norm() > 1e-6 * self.sigma.norm():  # what was rounded to float32 is off by 1e-7
+        if not error.norm() <= 1e-6 * self.sigma.norm():  # nor NaN; what was rounded to float32 is off by 1e-7
             raise NeonError(f"{self.name}: {wrong}")
         return root
 
@@ -125,24 +123,22 @@ def load_reference(path: str | os.PathLike) -> Reference:
     Other entries are ignored. Raises NeonError for anything but finite statistics of matching shapes, and for a root
     that is not one of sigma.
     """
-    path = Path(path)
     try:
-        with open(path, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError
-            arrays = {key: archive[key] for key in ("mu", "sigma", "features", "root") if key in archive}
-        arrays = {key: torch.from_numpy(array.astype(np.float64)) for key, array in arrays.items()}
-    except OSError as error:
-        raise NeonError(f"cannot read reference statistics {path}: {error.strerror or error}") from None
-    except (ValueError, TypeError, EOFError, BadZipFile, ZlibError):
-        raise NeonError(f"{path} is not an npz file of numbers (reference statistics hold mu and sigma)") from None
+        path = regular(path)
+    except NeonError as error:
+        raise NeonError(f"cannot read reference statistics {error}") from None
+    try:
+        arrays = read_npz(path, ("mu", "sigma", "features", "root"))
+    except NeonError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise NeonError(f"{path} is not an npz file of reference statistics, mu and sigma ({reason})") from None
+    arrays = {key: torch.from_numpy(array.astype(np.float64)) for key, array in arrays.items()}
 
     for key in ("mu", "sigma"):
         if key not in arrays:
             raise NeonError(f"{path} has no entry {key!r}: not reference statistics")
     mu, sigma, features, root = (arrays.get(key) for key in ("mu", "sigma", "features", "root"))
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         raise NeonError(f"{path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)} do not fit together")
     if features is not None and features.shape[1:] != mu.shape:
         raise NeonError(f"{path}: features {tuple(features.shape)} and mu {tuple(mu.shape)} do not fit together")

@@ -16,7 +16,7 @@ import torch
 from neon import Diverged, NeonError
 from neon.distributed import World
 from neon.family import Family, get_family
-from neon.files import atomic, from_json, sha256, to_json
+from neon.files import atomic, from_json, read_json, reading, regular, sha256, to_json
 from neon.guidance import NETWORKS
 from neon.measure.candidates import BY, Candidates, Point, by_of
 from neon.measure.evaluate import Evaluation
@@ -147,12 +147,17 @@ def features_of(
     return found.features
 
 
+OF_A_MODEL = ("w", "base", "base_sha256", "vae_sha256", "selftrained", "dtype", "class_idx")  # of its images
+
+
 def images_of(row: Mapping, seeds: torch.Tensor, batch: int, device: torch.device | str, **options) -> torch.Tensor:
     """What the model of a row of results draws for other seeds, sampled as then: uint8 (N, C, H, W) on the CPU.
 
     options: of family.load, where the checkpoint needs further files. Raises NeonError if a file is not what it was.
     """
+    need([row], ("family", *OF_A_MODEL), "rows")
     family = get_family(row["family"])
+    need([row], (), "rows", family.Sampling)
     candidates = BY[by_of(row)](family, row["base"], device, row["dtype"], **options)
     found = {"base_sha256": digest(row["base"]), "vae_sha256": candidates.vae_sha256}
     if row["selftrained"]:
@@ -180,15 +185,74 @@ def _digest(path: Path, modified: int, size: int) -> str:
 def budget_of(snapshot: str | None) -> int:
     """B, the images a snapshot was trained on, read off its name; 0 for the base."""
     digits = Path(snapshot).stem.rpartition("-")[2] if snapshot else "0"
-    return int(digits) if digits.isdigit() else 0
+    return int(digits) if digits.isdecimal() else 0
 
 
 def num_synthetic(snapshot: str | None) -> int:
     """|S|, the number of images that our snapshots record in their header; 0 for the base and for other files."""
     if snapshot is None or Path(snapshot).suffix != ".safetensors":
         return 0
-    with open_weights(snapshot) as weights:
+    with open_weights(snapshot) as weights, reading(snapshot, "its header has a data_images that is no number"):
         return int(weights.metadata.get("data_images", 0))
+
+
+NUMBER, TEXT, WHOLE = (int, float), (str,), (int,)
+PERHAPS = (type(None),)
+# What fields of rows are; others, such as sampling options, are plain values. Old rows lack some.
+FIELDS = {
+    **dict.fromkeys(("w", "fid", "is", "kid", "precision", "recall", "seconds"), NUMBER),
+    **dict.fromkeys(("density", "coverage", "authpct", "mind", "fid_se", "is_std", "kid_std"), NUMBER),
+    **dict.fromkeys(("gain_base", "gain_base_se", "gain_selftrained", "gain_selftrained_se"), NUMBER),
+    **dict.fromkeys(("key", "role", "family", "dtype", "device", "features", "base", "base_sha256"), TEXT),
+    **dict.fromkeys(("kept", "reason", "by"), TEXT),
+    **dict.fromkeys(("selftrained", "selftrained_sha256", "vae_sha256", "reference"), (*TEXT, *PERHAPS)),
+    **dict.fromkeys(("n", "budget", "num_synthetic", "world", "networks"), WHOLE),
+    "class_idx": (*WHOLE, *PERHAPS),
+    "tf32": (bool,),
+    "seeds": (*TEXT, list),
+    "metrics": (list,),
+    "versions": (dict,),
+}
+PLAIN = (str, int, float, bool, type(None))  # any other field
+
+
+def checked(row: object) -> dict:
+    """The row, whose fields are of the types of FIELDS. Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError("a line that is no object")
+    for name, value in row.items():
+        if type(value) not in FIELDS.get(name, PLAIN):
+            raise ValueError(f"{name} is {repr(value)[:60]}")
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} is too large a number")
+    parts = [*(row["seeds"] if isinstance(row.get("seeds"), list) else []), *row.get("metrics", [])]
+    if not all(type(part) in PLAIN for part in parts) or not math.isfinite(row.get("w", 0.0)):
+        raise ValueError("seeds, metrics or w hold what they cannot")
+    for name in ("n", "budget", "num_synthetic"):
+        if row.get(name, 0) < 0:
+            raise ValueError(f"{name} is {row[name]}")
+    return row
+
+
+def row_of(path: str | Path) -> dict:
+    """The row that `neon evaluate` wrote. Raises NeonError."""
+    with reading(path, "holds something other than a row of results"):
+        return checked(read_json(path))
+
+
+def need(rows: Iterable[Mapping], names: Iterable[str], path: str | Path, options: type | None = None) -> None:
+    """Raises NeonError if a row lacks one of the fields, or a sampling option, or has one of another type.
+
+    options: a family's Sampling.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(options)} if options else {}
+    for row in rows:
+        if missing := [name for name in (*names, *kinds) if name not in row]:
+            raise NeonError(f"{path}: a row has no {missing[0]}")
+        for name, kind in kinds.items():
+            allowed = (int, float) if kind is float else (kind,) if kind in (int, bool, str) else (str,)
+            if type(row[name]) not in allowed:
+                raise NeonError(f"{path}: a row has {name} {repr(row[name])[:60]}, which is no value of it")
 
 
 class Rows:
@@ -200,15 +264,13 @@ class Rows:
     def __init__(self, path: str | Path, write: bool = True):
         self.path, self.write = Path(path), write
         self.rows: dict[str, dict] = {}
-        if self.path.exists():
-            whole, newline, torn = self.path.read_bytes().rpartition(b"\n")
+        if os.path.lexists(self.path):
+            whole, newline, torn = regular(self.path).read_bytes().rpartition(b"\n")
             start = b'{"key": "'
-            try:
-                self.rows = {row["key"]: row for row in map(from_json, whole.splitlines())}
+            with reading(path, "holds something other than rows of results"):
+                self.rows = {row["key"]: row for row in map(checked, map(from_json, whole.splitlines()))}
                 if torn[: len(start)] != start[: len(torn)]:
-                    raise ValueError
-            except (ValueError, KeyError, TypeError):
-                raise NeonError(f"{path}: holds something other than rows of results") from None
+                    raise ValueError("a last line that is no row")
             if write and torn:
                 os.truncate(self.path, len(whole + newline))
 

@@ -6,7 +6,6 @@ save_lora_weights, and kohya's. Factors of two adapters are never merged: (1 + w
 products, and the product of merged factors differs from it by (w + w²) ΔB ΔA.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 from neon import NeonError
-from neon.files import atomic, read_json, to_json
+from neon.files import atomic, read_object, reading, to_json
 from neon.merge import is_finite
-from neon.weights.checkpoint import load_weights, open_weights, save_safetensors
+from neon.weights.checkpoint import check_metadata, load_weights, open_weights, save_safetensors
 from neon.weights.folders import CONFIG, PIPELINE
 from neon.weights.match import PREFIXES, shapes
 
@@ -37,6 +36,7 @@ OTHERS = re.compile(r".*\.(hada_\w+|lokr_\w+|dora_scale|lora_magnitude\w*|lora_m
 PARTS = ("", "unet.", "transformer.", "prior.", *PREFIXES)  # what may precede the names of a base's layers
 WRAPPED = (*PREFIXES, "transformer.", "model.diffusion_model.")
 TEXT = re.compile(r"(text_encoder(_\d)?\.|lora_te\d?_).*")
+SLOW = re.compile(r"\)\s*[*+?{]|([*+{].*){4}")  # patterns with which a search could take for ever
 FORMS = ("peft", "diffusers", "kohya")
 # Names of tables, whose rows are looked up: PEFT adapts them in another way, and extract leaves them out.
 TABLE = re.compile(r"(^|\.)(wte|wpe|shared|embed_tokens|embed_positions|embed|\w*embeddings?|embedding_table)\.weight$")
@@ -120,7 +120,8 @@ def read_adapter(path: str | Path) -> Adapter:
                 f"{file}: {name} is no factor of a LoRA (DoRA, LoHa, LoKr and trained biases are not known)"
             )
         parts.setdefault(found["layer"], {})[found["part"]] = tensor
-    layers = {name: _layer(name, found, config, file) for name, found in parts.items()}
+    with reading(file, "not a LoRA adapter"):
+        layers = {name: _layer(name, found, config, file) for name, found in parts.items()}
     return Adapter(path, layers, str(config.get("base_model_name_or_path") or ""))
 
 
@@ -138,7 +139,7 @@ def _config(file: Path) -> Mapping:
     """PEFT's settings: of the file next to it, or of the metadata that diffusers writes."""
     beside = file.with_name(PEFT_CONFIG)
     if beside.exists() and file.name != DIFFUSERS_WEIGHTS:
-        config = read_json(beside)
+        config = read_object(beside)
         for name in ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "lora_bias"):
             if config.get(name):
                 raise NeonError(f"{beside}: {name} is set, which is not a plain LoRA")
@@ -146,11 +147,7 @@ def _config(file: Path) -> Mapping:
             raise NeonError(f"{beside}: a {config['peft_type']}, not a LoRA")
         return config
     with open_weights(file) as weights:
-        text = weights.metadata.get("lora_adapter_metadata", "{}")
-    try:
-        stored = json.loads(text)
-    except ValueError as error:
-        raise NeonError(f"{file}: lora_adapter_metadata is not JSON ({error})") from None
+        stored = check_metadata(weights, "lora_adapter_metadata")
     return {key.rpartition(".")[2]: value for key, value in stored.items()}
 
 
@@ -168,11 +165,15 @@ def _layer(name: str, parts: Mapping[str, torch.Tensor], config: Mapping, file: 
 
 
 def _scale(name: str, parts: Mapping, config: Mapping, rank: int, file: Path) -> float:
+    if not rank:
+        raise NeonError(f"{file}: {name} is of rank 0")
     if "alpha" in parts:
         return float(parts["alpha"]) / rank
     if "lora_alpha" in config:
         patterns = config.get("alpha_pattern") or {}
         layer = name.removeprefix(PEFT_PREFIX)
+        if slow := [key for key in patterns if len(key) > 1000 or SLOW.search(key)]:
+            raise NeonError(f"{file}: {slow[0][:60]!r} in its alpha_pattern is no pattern of a layer's name")
         alpha = next((a for key, a in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", layer)), None)
         alpha = config["lora_alpha"] if alpha is None else alpha
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

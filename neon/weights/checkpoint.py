@@ -12,6 +12,7 @@
 import argparse
 import hashlib
 import json
+import math
 import pickle
 import re
 import struct
@@ -26,10 +27,11 @@ from types import MappingProxyType
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from neon import NeonError
-from neon.files import atomic, existing, read_json
+from neon.archives import check_members
+from neon.files import atomic, existing, read_json, read_object, reading, regular
 from neon.weights.pipeline import weights_file
 
 # Where public checkpoints keep the weights that are sampled from, best first (EMA before raw); dots enter nested dicts.
@@ -42,6 +44,10 @@ DTYPES = {
 # What is true of a base, but not of a merge made from it: how long it was trained, on what, and digests of its weights.
 OF_THE_BASE = re.compile(r"(?!vae_)(neon_.*|(data_)?images|(global_)?(step|epoch)s?|.*(hash|sha256).*)")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_HEADER = 2**24  # bytes of a safetensors header: 100,000 tensors; ten times as many take ten seconds to parse
+MAX_TIES = 16  # names that numbers may have on average, of a file that is large when each name has a copy of its own
+LARGE = 2**26  # bytes
 
 RECORD = "neon"  # the entry of a nested torch file for what safetensors files have in their metadata
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt")
@@ -103,19 +109,18 @@ class SafetensorsWeights(Weights):
         self._place = {}
         with ExitStack() as files:  # closes them if one of them is bad
             for path, names in self.shards.items():
-                try:
-                    with safe_open(existing(path), framework="pt"):  # the library checks the header
-                        file = files.enter_context(path.open("rb"))
+                with reading(regular(path), "not a readable safetensors file"):
+                    file = files.enter_context(path.open("rb"))
                     header, data_start = _safetensors_header(file)
-                except (SafetensorError, OSError) as error:
-                    raise NeonError(f"{path}: not a readable safetensors file ({error})") from None
-                self.metadata |= header.pop("__metadata__", {})
+                    with safe_open(path, framework="pt"):  # the library checks the header
+                        self.metadata |= header.pop("__metadata__", None) or {}
                 for name in names or header:
                     if name not in header:
                         raise NeonError(f"{path}: {name} is missing, though the index says that it is there")
                     if header[name]["dtype"] not in DTYPES:
                         raise NeonError(f"{path}: {name} is of dtype {header[name]['dtype']}, which is not supported")
                     self._spec[name] = DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])
+                    _check_shape(name, *self._spec[name], path)
                     self._place[name] = file, data_start + header[name]["data_offsets"][0]
             self._files = files.pop_all()
 
@@ -141,11 +146,15 @@ class TorchWeights(Weights):
 
     def __init__(self, path: Path, key: str | None = None):
         self.path, self.metadata = path, {}
-        self.tree = _torch_load(path)
+        self.tree = torch_load(path)
         self.key, self._state = _find_state(self.tree, key, path)
         if self.key and isinstance(self.tree.get(RECORD), dict):
             self.metadata = {k: str(v) for k, v in self.tree[RECORD].items() if str(k).startswith("neon_")}
         self._names = self._state
+        for name, tensor in self._state.items():
+            _check_plain(name, tensor, path)
+            _check_shape(name, tensor.dtype, tuple(tensor.shape), path)
+        check_ties(self._state.values(), path)
 
     def __getitem__(self, name):
         return self._state[name]
@@ -161,6 +170,7 @@ class PickleWeights(Weights):
 
         self.path, self.key = path, key or "ema"
         self.model = read_pickle(path, self.key)
+        check_ties(self.model.state_dict.values(), path)
         self._names = self.model.state_dict
         self.buffers = self.model.state_dict.keys() - self.model.parameters
         self.metadata = {
@@ -339,18 +349,48 @@ def _replace(tree, steps: list[str], state: dict):
     return {**tree, steps[0]: _replace(tree[steps[0]], steps[1:], state)} if steps else state
 
 
-def _torch_load(path: Path):
-    try:
-        # Namespace: the command line, which many training scripts store; it runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {found[1]}, which is not data" if found else "its pickle is damaged or not plain data"
-        raise NeonError(f"{path}: refused, {what}") from None
-    except Exception as error:  # a damaged file can raise nearly anything
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise NeonError(f"{path}: not a readable torch checkpoint ({reason})") from None
+def torch_load(path: Path):
+    """torch.load of data alone. Raises NeonError."""
+    with reading(regular(path), "not a readable torch checkpoint"):
+        if zipped := zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                check_members(archive, path, stored=True)  # as torch.save writes them
+        try:
+            # Namespace: the command line, which many training scripts store; it runs nothing.
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"it asks for {found[1]}, which is not data" if found else "its pickle is damaged or not plain data"
+            raise NeonError(f"{path}: refused, {what}") from None
+
+
+def _check_plain(name: str, tensor: torch.Tensor, path: Path) -> None:
+    """Raises NeonError unless a tensor's numbers lie in memory, each of them in one place."""
+    kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+    if tensor.device.type != "cpu" or kind != "strided" or tensor.is_conj() or tensor.is_neg():
+        where = tensor.device.type if tensor.device.type != "cpu" else kind
+        raise NeonError(f"{path}: {name} is a {where} tensor; save it as a dense one")
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise NeonError(f"{path}: {name} {tuple(tensor.shape)} has more numbers than are stored")
+
+
+def _check_shape(name: str, dtype: torch.dtype, shape: tuple[int, ...], path: Path) -> None:
+    """Raises NeonError if torch cannot make such a tensor; an empty one, too, has strides."""
+    if len(shape) > 64 or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:
+        raise NeonError(f"{path}: {name} has a shape that no tensor can have")
+
+
+def check_ties(tensors: Iterable[torch.Tensor], path: Path) -> None:
+    """Raises NeonError if what is written would be very much larger than what is stored: many names of few numbers."""
+    tensors = list(tensors)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    written, stored = sum(t.numel() * t.itemsize for t in tensors), sum(storages.values())
+    if written > max(LARGE, MAX_TIES * stored):
+        raise NeonError(
+            f"{path}: {len(tensors):,} names of the same numbers: {stored / 2**20:,.1f} MiB would be written as"
+            f" {written / 2**20:,.1f} MiB"
+        )
 
 
 def _steps(key: str) -> list[str]:
@@ -396,8 +436,7 @@ def _shards(path: Path) -> dict[Path, list[str] | None]:
     if path.suffix == ".safetensors" and not path.is_dir():
         return {path: None}
     index = _index_file(path)
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise NeonError(f"{index}: no weight_map")
     shards: dict[Path, list[str] | None] = {}
@@ -409,14 +448,27 @@ def _shards(path: Path) -> dict[Path, list[str] | None]:
 
 
 def _safetensors_header(file: BinaryIO) -> tuple[dict, int]:
-    """The header, in the order of the file (the library's own reader sorts names), and where the data start."""
+    """The header, in the order of the file (the library's own reader sorts names), and where the data start.
+
+    Raises ValueError or struct.error if it is too long for its file, or to be one.
+    """
     (size,) = struct.unpack("<Q", file.read(8))
+    if size > min(MAX_HEADER, Path(file.name).stat().st_size - 8):
+        raise ValueError(f"a header of {size:,} bytes")
     return json.loads(file.read(size)), 8 + size
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def check_metadata(weights: Weights, name: str) -> dict:
+    """The JSON object that the file records under a name, {} without one. Raises NeonError."""
+    with reading(weights.path, f"not a checkpoint, its {name} is not a JSON object"):
+        if not isinstance(found := json.loads(weights.metadata.get(name, "{}")), dict):
+            raise ValueError(type(found).__name__)
+    return found
 
 
 def check_fits(module: torch.nn.Module, weights: Weights | Mapping[str, torch.Tensor], source: str | Path) -> None:

@@ -24,6 +24,7 @@ from neon.weights.checkpoint import (
     write_safetensors,
     write_weights,
 )
+from neon.weights.pipeline import components
 
 PIPELINE, CONFIG, INDEX = "model_index.json", "config.json", ".safetensors.index.json"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -99,8 +100,7 @@ def find_model(path: str | Path, component: str | None = None) -> Model:
 
 
 def _component(pipeline: Path, asked: str | None) -> str:
-    index = read_json(pipeline / PIPELINE)
-    named = [k for k, v in index.items() if isinstance(v, list) and v[:1] not in ([None], [])]
+    named = components(pipeline)
     if gone := [name for name in named if not (pipeline / name).is_dir()]:
         raise NeonError(f"{pipeline}: {gone[0]} is missing, though {PIPELINE} names it; an incomplete download?")
     with_weights = [name for name in named if _weights_of(pipeline / name)]

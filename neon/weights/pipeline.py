@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from neon import NeonError
-from neon.files import existing, read_json
+from neon.files import existing, read_object
 
 INDEX = "model_index.json"  # what makes a folder a pipeline
 TRAINED = ("unet", "transformer", "prior")  # what its networks that denoise are called; a second one ends with _2
@@ -14,11 +14,18 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / INDEX).exists()
 
 
+def components(folder: Path) -> list[str]:
+    """The names of the parts that a pipeline has, which are folders in it. Raises NeonError."""
+    index = read_object(folder / INDEX)
+    names = [name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0]]
+    if strange := [name for name in names if not name.isidentifier()]:
+        raise NeonError(f"{folder}: its {INDEX} names a component {strange[0]!r}, which is no name of one")
+    return names
+
+
 def trained_component(folder: Path) -> str:
     """The name of the component that denoises, such as 'unet'. Raises NeonError if there is none, or not one only."""
-    index = read_json(folder / INDEX)
-    parts = {k: v for k, v in index.items() if isinstance(v, list) and v and v[0]} if isinstance(index, dict) else {}
-    found = [name for name in parts if name.partition("_")[0] in TRAINED]
+    found = [name for name in components(folder) if name.partition("_")[0] in TRAINED]
     if not found:
         raise NeonError(f"{folder}: its {INDEX} has no {' or '.join(TRAINED)} that could be trained")
     if len(found) > 1:

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import torch
 
 from neon import NeonError
+from neon.files import regular
 
 # Names that a file may contain and that do nothing: a call of one makes a Record. Names that do something: _CALLS.
 _DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
@@ -126,8 +127,9 @@ def read_pickle(path: str | Path, entry: str = "ema") -> PickledModel:
     Raises UnsafePickleError if the file names or does anything that is not listed, or exceeds a limit; NeonError if it
     cannot be read, is damaged or has no such module.
     """
+    path = regular(path)
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             root = _Machine(file).run_file()
             if not isinstance(root, dict) or entry not in root:
                 raise NeonError(f"this pickle has no entry {entry!r}")
@@ -139,7 +141,8 @@ def read_pickle(path: str | Path, entry: str = "ema") -> PickledModel:
             raise NeonError(f"{module.class_name!r} does not record its constructor's arguments by name")
     except OSError as error:
         raise NeonError(f"{path}: {error.strerror}") from None
-    except (IndexError, KeyError, ValueError):  # an empty stack, an unset memo, broken text, a key without a value
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        # an empty stack, an unset memo, broken text, a key without a value, a size that is none
         raise NeonError(f"{path}: damaged pickle") from None
     except NeonError as error:
         raise type(error)(f"{path}: {error}") from None

@@ -1,0 +1,1 @@
+"""Hostile inputs: files that lie, and a fuzzer. tests/hostile/files.py has the cases."""
