@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from neon import Missing, NeonError
-from neon.stop import STATUS, Terminated, attended, leaves
+from neon.stop import Terminated, attended, ended_by, leaves
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
 def command_line(run: Callable[[], None]) -> None:
     """Call `run` as a program: what the user can fix becomes one line on stderr and exit status 1.
 
-    SIGTERM becomes one line that says what is saved, and exit status 143.
+    SIGTERM and SIGHUP become one line that says what is saved, and exit status 143 or 129.
     """
     if ended := _ended_by(run):
         _exit(*ended)
@@ -62,7 +62,8 @@ def _ended_by(run: Callable[[], None]) -> tuple[str, int] | None:
     except KeyboardInterrupt:
         return "", 130
     except Terminated as stopped:
-        return f"stopped by SIGTERM: {stopped}", STATUS
+        name, status = ended_by()
+        return f"stopped by {name}: {stopped}", status
     return None
 
 

@@ -16,7 +16,7 @@ import torch
 from neon import Diverged, NeonError
 from neon.distributed import World
 from neon.family import Family, get_family
-from neon.files import atomic, from_json, sha256, to_json
+from neon.files import atomic, filling, from_json, sha256, to_json
 from neon.measure.candidates import Candidates, Point
 from neon.measure.evaluate import Evaluation
 from neon.measure.kept import Kept
@@ -215,7 +215,7 @@ class Rows:
             self.rows[key] = {"key": key, **compute()}
             if self.write:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a") as f:
+                with filling(self.path), self.path.open("a") as f:
                     f.write(to_json(self.rows[key]) + "\n")
         return self.rows[key]
 

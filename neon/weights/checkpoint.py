@@ -15,7 +15,6 @@ import json
 import pickle
 import re
 import struct
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -29,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from neon import NeonError
-from neon.files import atomic, existing, read_json
+from neon.files import atomic, check_room, existing, read_json, scratch
 from neon.weights.pipeline import weights_file
 
 # Where public checkpoints keep the weights that are sampled from, best first (EMA before raw); dots enter nested dicts.
@@ -279,7 +278,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     missing = dict.fromkeys(specs)
-    with atomic(path) as partial, partial.open("wb") as f:
+    with atomic(path, size=8 + len(text) + end) as partial, partial.open("wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         data_start = f.tell()
         for name, tensor in tensors:
@@ -322,16 +321,18 @@ def _write_torch(
     path: Path, like: TorchWeights, tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping
 ) -> None:
     # torch.save needs all tensors at once: they are kept in a memory-mapped scratch file, not in memory.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch, atomic(path) as partial:
-        waiting = Path(scratch, "tensors")
+    size = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in map(like.spec, like))
+    check_room(path, 2 * size)
+    with scratch(path) as folder, atomic(path, size=size) as partial:
+        waiting = folder / "tensors"
         _write_file(waiting, like, tensors, {})
         with safe_open(waiting, framework="pt") as mapped:
             state = {name: mapped.get_tensor(name) for name in like}
             # An empty one has the address of the next: torch.save would see one storage with two dtypes.
             state = {name: tensor if tensor.numel() else tensor.clone() for name, tensor in state.items()}
             tree = _replace(like.tree, _steps(like.key), state)
-            torch.save(tree | {RECORD: dict(metadata)} if like.key and metadata else tree, partial)
+            with partial.open("wb") as file:  # given a path, torch names the folder in its archive after it
+                torch.save(tree | {RECORD: dict(metadata)} if like.key and metadata else tree, file)
 
 
 def _replace(tree, steps: list[str], state: dict):
