@@ -208,16 +208,16 @@ def own_file(path: Path) -> IO:
     """A file open for reading and writing, made if it is not there, as it is if it is. Raises NeonError if the name is
     a link's, or of anything but a regular file: others may have put it there to have its target overwritten."""
     try:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b")
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise NeonError(f"{path}: not a regular file; remove it") from None
         raise
-    found = os.fstat(file.fileno())
+    found = os.fstat(number)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        file.close()
+        os.close(number)
         raise NeonError(f"{path}: not a regular file with this one name; remove it")
-    return file
+    return os.fdopen(number, "r+b")
 
 
 def _is_still(path: Path, file: IO) -> bool:

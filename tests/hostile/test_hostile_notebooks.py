@@ -57,62 +57,16 @@ MARKDOWN = {
     "placeholder": "\x00" + "7\x00 $w$",
     "link of a title": f'[x](https://e.org "a\\"onclick=\\"{RUN}")',
 }
-OURS = {
-    "html",
-    "head",
-    "meta",
-    "title",
-    "style",
-    "body",
-    "header",
-    "nav",
-    "main",
-    "section",
-    "details",
-    "summary",
-    "img",
-}
-TEXTS = {
-    "a",
-    "b",
-    "blockquote",
-    "br",
-    "code",
-    "del",
-    "div",
-    "em",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "hr",
-    "i",
-    "li",
-    "ol",
-    "p",
-    "pre",
-    "s",
-    "span",
-}
-TEXTS |= {"strong", "sub", "sup", "u", "ul"}
+OURS = {"html", "head", "meta", "title", "style", "body", "header", "nav", "main", "section"}
+OURS |= {"details", "summary", "img"}
+TEXTS = {"a", "b", "blockquote", "br", "code", "del", "div", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "li"}
+TEXTS |= {"ol", "p", "pre", "s", "span", "strong", "sub", "sup", "u", "ul"}
 TABLES = {"table", "tbody", "td", "th", "thead", "tr"}
-FORMULAS = {"math", "mi", "mn", "mo", "mrow", "mtext", "msub", "msup", "mtable", "mtr", "mtd", "mfrac", "mspace"}
-ATTRIBUTES = {
-    "alt",
-    "aria-label",
-    "charset",
-    "class",
-    "content",
-    "display",
-    "height",
-    "href",
-    "http-equiv",
-    "id",
-    "lang",
-}
-ATTRIBUTES |= {"name", "role", "src", "stretchy", "tabindex", "width", "xmlns"}
+FORMULAS = {"math", "mi", "mn", "mo", "mrow", "mtext", "msub", "msup", "mtable", "mtr", "mtd", "mfrac"}
+FORMULAS |= {"mspace"}
+ATTRIBUTES = {"alt", "aria-label", "charset", "class", "content", "display", "height", "href"}
+ATTRIBUTES |= {"http-equiv", "id", "lang", "name", "role", "src", "stretchy", "tabindex", "width"}
+ATTRIBUTES |= {"xmlns"}
 
 
 class Checked(HTMLParser):
