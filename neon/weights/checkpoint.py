@@ -300,7 +300,7 @@ def _write_shards(
 ) -> None:
     if path.exists():  # it may hold anything, which would be deleted
         raise NeonError(f"{path}: exists; remove it or choose another folder")
-    with atomic(path) as partial:
+    with atomic(path, size=size_of(like)) as partial:
         partial.mkdir()
         fill_with_shards(partial, like, tensors, metadata)
 
@@ -321,7 +321,7 @@ def _write_torch(
     path: Path, like: TorchWeights, tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping
 ) -> None:
     # torch.save needs all tensors at once: they are kept in a memory-mapped scratch file, not in memory.
-    size = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in map(like.spec, like))
+    size = size_of(like)
     check_room(path, 2 * size)
     with scratch(path) as folder, atomic(path, size=size) as partial:
         waiting = folder / "tensors"
@@ -333,6 +333,11 @@ def _write_torch(
             tree = _replace(like.tree, _steps(like.key), state)
             with partial.open("wb") as file:  # given a path, torch names the folder in its archive after it
                 torch.save(tree | {RECORD: dict(metadata)} if like.key and metadata else tree, file)
+
+
+def size_of(weights: Weights) -> int:
+    """Bytes of all tensors."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in map(weights.spec, weights))
 
 
 def _replace(tree, steps: list[str], state: dict):
