@@ -63,7 +63,7 @@ def generate(
                 list(pool.map(write, todo[chosen].tolist(), images))
                 bar.update(len(images) * world.size)
             if not shard:
-                _sync_images(out, [seed for chosen in mine for seed in todo[chosen].tolist()], pool)
+                sync_images(out, [seed for chosen in mine for seed in todo[chosen].tolist()], pool)
             world.barrier()
             if shard and world.rank == 0:
                 _pack(out, part, there)
@@ -76,7 +76,7 @@ def _whole(out: Path) -> set[str]:
     return {file.relative_to(out).as_posix() for file in out.rglob("*.*") if file.stat().st_size}
 
 
-def _sync_images(out: Path, seeds: Sequence[int], pool: ThreadPoolExecutor) -> None:
+def sync_images(out: Path, seeds: Sequence[int], pool: ThreadPoolExecutor) -> None:
     """These images are on the disk: once for all that this process made, for one by one costs more."""
     made = [out / image_name(seed) for seed in seeds]
     list(pool.map(synced, made))
