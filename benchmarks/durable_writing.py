@@ -4,7 +4,7 @@
 
 none: renamed when whole, which is enough for a process that is killed. once: `neon generate`'s way, files and
 folders of a part are synced after its last image. each: file and folder are synced for every image. All take
-turns in every round, and a ratio is the median over rounds. What syncing costs depends on the disk: --folder chooses it.
+turns in every round, and a ratio is the median over rounds. The cost depends on the disk: --folder chooses it.
 """
 
 import argparse
