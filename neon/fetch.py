@@ -12,7 +12,8 @@ from typing import NamedTuple
 from urllib.parse import urlparse
 
 from neon import Missing, NeonError
-from neon.files import atomic, locked, progress, reading, regular, sha256
+from neon.files import atomic, check_room, filling, progress, put, reading, regular, sha256
+from neon.lock import locked, own_file
 
 TABLE = "downloads.csv"
 COLUMNS = ["group", "path", "source", "size", "sha256"]
@@ -66,7 +67,7 @@ def fetch(
                 new.unlink()
                 raise NeonError(f"{source}: {problem}; nothing was kept")
             record(found)
-            os.replace(new, target)
+            put(new, target)
     except (OSError, ValueError, HTTPException) as error:
         raise NeonError(_offline(source, target, error)) from None
     return True
@@ -82,7 +83,7 @@ def download(url: str, target: Path, token: str | None = None) -> Path:
     partial = target.with_name(f".{target.name}.partial")
     with progress(0, "B", target.name) as bar:
         while True:
-            before = partial.stat().st_size if partial.exists() else 0
+            before = _size_of(partial)
             try:
                 total = _continue(url, partial, before, bar, token)
             except urllib.error.HTTPError as error:
@@ -91,14 +92,25 @@ def download(url: str, target: Path, token: str | None = None) -> Path:
                 partial.unlink()  # of another file, or more than there is
                 continue
             except (OSError, HTTPException):
-                if not partial.exists() or partial.stat().st_size <= before:
+                if _size_of(partial) <= before:
                     raise
                 continue
-            size = partial.stat().st_size
+            size = _size_of(partial)
             if total is None or size == total:
                 return partial
             if size <= before:
                 raise OSError(f"got {size} of {total} bytes")
+
+
+def _size_of(partial: Path) -> int:
+    """Bytes of an earlier download; its name is known, so others may have put something there. Raises NeonError."""
+    if not os.path.lexists(partial):
+        return 0
+    with own_file(partial) as file:
+        found = os.fstat(file.fileno())
+    if found.st_uid != os.geteuid():
+        raise NeonError(f"{partial}: is another user's; remove it")
+    return found.st_size
 
 
 def _continue(url: str, partial: Path, start: int, bar, token: str | None) -> int | None:
@@ -111,7 +123,8 @@ def _continue(url: str, partial: Path, start: int, bar, token: str | None) -> in
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         bar.total, bar.n, bar.initial = total, start, bar.initial + start - bar.n  # what was there has no speed
-        with partial.open("r+b" if partial.exists() else "wb") as f:
+        check_room(partial, (total or start) - start)
+        with filling(partial), own_file(partial) as f:
             f.truncate(start)
             f.seek(start)
             while block := response.read(2**20):
@@ -123,17 +136,18 @@ def _continue(url: str, partial: Path, start: int, bar, token: str | None) -> in
 def read_table(path: str | Path = TABLE) -> list[dict[str, str]]:
     """Rows of COLUMNS, and LICENSE if it is there. size and sha256 are empty where they are not known yet.
 
-    Raises NeonError.
+    A byte-order mark, as spreadsheets write it, is skipped. Raises NeonError.
     """
     try:
-        with regular(path).open(newline="") as f, reading(path, f"not a table of {', '.join(COLUMNS)}"):
-            rows = list(csv.DictReader(f))
+        wrong = f"not a table of {', '.join(COLUMNS)}"
+        with regular(path).open(newline="", encoding="utf-8-sig") as f, reading(path, wrong):
+            rows = list(csv.DictReader(f, strict=True))
     except Missing:
         raise NeonError(f"{path}: no such file; run this in the root of the repository") from None
     for row in rows:
         whole = list(row) in (COLUMNS, [*COLUMNS, LICENSE]) and None not in row.values()
         if not whole or row["group"] not in GROUPS or not (row["size"].isdigit() or not row["size"]):
-            raise NeonError(f"{path}: not a table of {', '.join(COLUMNS)} ({row})")
+            raise NeonError(f"{path}: not a table of {', '.join(COLUMNS)} ({str(row)[:200]})")
     return rows
 
 
@@ -229,16 +243,27 @@ class Remote(NamedTuple):
     digest: str = ""
 
 
+HUB = re.compile(r"hf://([\w.-]+)/([\w.-]+)(?:@([\w.-]+))?/([^?#%\\\s]+)", re.ASCII)
+
+
+def _named(source: str) -> tuple[str, str, str, str]:
+    """OWNER, REPO, REVISION or '', and FILE of a source on the hub. Raises NeonError if they lead elsewhere on it."""
+    match = HUB.fullmatch(source)
+    parts = [part for group in match.groups() if group for part in group.split("/")] if match else [""]
+    if any(part in ("", ".", "..") for part in parts):
+        raise NeonError(f"{source}: not hf://OWNER/REPO@REVISION/FILE")
+    return match[1], match[2], match[3] or "", match[4]
+
+
 def _on_hub(source: str) -> Remote:
     """Look hf://OWNER/REPO@REVISION/FILE up on the hub, which announces its commit and, for a large file, its sha256.
 
     Reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. The `hf` command is not used: it starts a download again from 0
-    after it was killed. Raises OSError.
+    after it was killed. Raises OSError, NeonError.
     """
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
 
-    owner, name, file = source.removeprefix("hf://").split("/", 2)
-    name, _, revision = name.partition("@")
+    owner, name, revision, file = _named(source)
 
     def url(revision: str) -> str:
         return hf_hub_url(f"{owner}/{name}", file, revision=revision or None, endpoint=os.environ.get("HF_ENDPOINT"))

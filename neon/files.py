@@ -1,81 +1,201 @@
-"""Files written whole or not at all, locks, digests, and how far a command is."""
+"""Files written whole or not at all, room on the disk, digests, and how far a command is."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
+import secrets
 import shutil
+import socket
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from zlib import crc32
 
 from neon import Missing, NeonError
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, sync: bool = True, size: int = 0) -> Iterator[Path]:
     """A temporary sibling of `path` to write to (a file or a folder); renamed to `path` on success, removed on error.
 
-    The temporary name is fixed: the next process overwrites what a killed one has left.
+    Nobody can guess its name and put a link there. What killed processes left of `path` is removed first. sync: on
+    success its bytes and its name are on the disk, so that a power loss leaves no empty file; False for one of many,
+    which the caller syncs and sweeps together. size: bytes that it will have, if known. Raises NeonError, before
+    anything is written where the size is known, if the disk has no room.
     """
     path = named(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    _remove(partial)
+    if sync:
+        sweep(path)
+    check_room(path, size)
+    partial = _partial(path)
     try:
-        yield partial
-        if partial.is_dir() and path.is_dir():
-            shutil.rmtree(path)
-        os.replace(partial, path)
+        with filling(path, size):
+            yield partial
+            put(partial, path, sync)
     except BaseException:
         _remove(partial)
         raise
 
 
 @contextmanager
-def locked(path: str | Path) -> Iterator[None]:
-    """One process at a time is inside for each `path`; the others wait. Raises OSError.
-
-    The lock is on a hidden file next to `path`, which is removed at the end. A killed process may leave this file, but
-    not the lock.
-    """
-    import fcntl  # not on Windows
-
-    lock = Path(path).with_name(f".{Path(path).name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_still(lock, file):
-                continue  # who had the lock before has removed the file: others may lock a new one
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _is_still(path: Path, file) -> bool:
-    """Is the open file the one of that name?"""
+def scratch(path: str | Path) -> Iterator[Path]:
+    """An empty folder next to `path` for the time of the block; sweep finds what a killed process leaves of it."""
+    folder = _partial(Path(path))
+    folder.mkdir(parents=True)
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _partial(path: Path) -> Path:
+    """A new name next to `path` that says whose it is: host, process, and a random part."""
+    return path.with_name(f".{path.name}.{_host():08x}-{os.getpid()}-{secrets.token_hex(8)}.partial")
+
+
+PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{16}\.partial")
+
+
+def _host() -> int:
+    return crc32(socket.gethostname().encode())
+
+
+def put(partial: Path, path: Path, sync: bool = True) -> None:
+    """Give what is finished its name; sync: its bytes and its name are on the disk.
+
+    A folder that is there gives way first, whole, and is deleted when the new one has its name.
+    """
+    if sync:
+        synced(partial)
+    old = _partial(path) if partial.is_dir() and path.is_dir() else None
+    if old:
+        os.replace(path, old)
+    os.replace(partial, path)
+    if sync:
+        sync_folder(path.parent)
+    if old:
+        _remove(old)
+
+
+def sweep(path: Path, sole: bool = False) -> None:
+    """Remove unfinished files and folders that killed processes of this host left of `path`, and say so on stderr.
+
+    sole: no other process writes `path` now: remove those of other hosts too, and in the folder `path`.
+    """
+    found = [entry for entry in path.parent.glob(".*.partial") if _made_for(entry.name) == path.name]
+    if sole and path.is_dir():
+        found += [entry for entry in path.rglob(".*.partial") if _made_for(entry.name)]
+    left = [entry for entry in found if _is_left(entry.name, sole)]
+    for entry in left:
+        _remove(entry)
+    if left:
+        what = left[0].name if len(left) == 1 else f"{len(left)} unfinished files of {path.name}"
+        print(f"removed {what}, left by a run that was killed", file=sys.stderr, flush=True)
+
+
+def _made_for(partial: str) -> str | None:
+    """The name that an unfinished file would get; None if it is none of ours."""
+    match = PARTIAL.fullmatch(partial)
+    return match and match["name"]
+
+
+def _is_left(partial: str, sole: bool) -> bool:
+    """Is the process that made it no more? Of another host this is unknown. sole: this one has just begun to write."""
+    match = PARTIAL.fullmatch(partial)
+    pid = int(match["pid"])
+    if int(match["host"], 16) != _host():
+        return sole
+    return not is_alive(pid) or (sole and pid == os.getpid())
+
+
+def is_alive(pid: int) -> bool:
+    """Is there a process of that number on this host?"""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def synced(*paths: Path) -> None:
+    """Return when the files, and the folders with all in them, are on the disk."""
+    for path in paths:
+        for entry in path.iterdir() if path.is_dir() else ():
+            if not entry.is_symlink():
+                synced(entry)
+        sync_folder(path)
+
+
+def sync_folder(path: Path) -> None:
+    """The names in a folder, or the bytes of a file, are on the disk."""
+    if os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot do it, as some on the network
+            raise
+    finally:
+        os.close(file)
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def filling(path: str | Path, size: int = 0) -> Iterator[None]:
+    """Writing to `path` in the block: a full disk becomes one NeonError. size: the bytes it needs, 0 if unknown."""
+    try:
+        yield
+    except Exception as error:  # of the library that writes, too
+        if not _is_full(error):
+            raise
+        needs = f"needs {size:,} bytes, and " if size else ""
+        raise NeonError(f"{path}: {needs}the disk is full ({free_bytes(path):,} bytes free)") from None
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Did this error, or one it comes from, say that there is no room?"""
+    while error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def check_room(path: str | Path, size: int) -> None:
+    """Raises NeonError if `path` needs more bytes than its disk has."""
+    if size and size > (free := free_bytes(path)):
+        raise NeonError(f"{path}: needs {size:,} bytes, and the disk has {free:,} bytes free")
+
+
+def free_bytes(path: str | Path) -> int:
+    """Of the disk that holds `path`, or would."""
+    folder = Path(path).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def discard(folder: Path) -> None:
     """Delete a folder with all in it; if it is killed, no part of it is left under its name."""
-    trash = folder.with_name(f".{folder.name}.partial")
-    _remove(trash)
+    trash = _partial(folder)
     os.replace(folder, trash)
     _remove(trash)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -11,10 +11,12 @@ import torch
 from neon import NeonError
 from neon.data import encode_png, image_name
 from neon.distributed import World
-from neon.files import atomic, discard, progress, read_object, write_json
+from neon.files import atomic, discard, progress, read_object, sync_folder, synced, write_json
+from neon.lock import one_writer
 from neon.sampling import shard as batches_of
 
 
+@one_writer
 @torch.no_grad()
 def generate(
     sample: Callable[[torch.Tensor], torch.Tensor],
@@ -32,22 +34,22 @@ def generate(
 
     sample: seeds (b,) → uint8 (b, C, H, W); labels: seeds (b,) → (b,) int64 or None. identity: JSON values that no
     other set has (checkpoint, sampling options), kept in generate.json. Images that are there are kept, so an
-    interrupted run resumes; the files are the same for any batch size and number of processes. replace: delete another
-    set that is there. shard: every so many images, in the order of `seeds`, become one uncompressed .zip as soon as
-    they are there (neon.data reads both alike). Raises NeonError if the folder holds anything else, or if seeds repeat;
-    Diverged.
+    interrupted run resumes; the files are the same for any batch size and number of processes. An image that is empty,
+    as a power loss can leave it, is made again. replace: delete another set that is there. shard: every so many images,
+    in the order of `seeds`, become one uncompressed .zip as soon as they are there (neon.data reads both alike). Raises
+    NeonError if the folder holds anything else, if another process writes there, or if seeds repeat; Diverged.
     """
     if len(seeds.unique()) < len(seeds):
         raise NeonError("a seed that is given twice would be one image: every seed once")
     out = Path(out)
     _claim(out, identity | ({"shard": shard} if shard else {}), world, replace)
-    here = {file.relative_to(out).as_posix() for file in out.rglob("*.*")} if world.rank == 0 else None
+    here = _whole(out) if world.rank == 0 else None
     there = world.gather(here)[0]  # of all ranks one list, so that they divide the same work
     parts = seeds.split(shard or len(seeds))
     missing = [_missing(part, there) for part in parts]
 
     def write(seed: int, image: torch.Tensor) -> None:
-        with atomic(out / image_name(seed)) as partial:
+        with atomic(out / image_name(seed), sync=False) as partial:
             partial.write_bytes(encode_png(image))
 
     with (
@@ -55,15 +57,30 @@ def generate(
         ThreadPoolExecutor(4) as pool,
     ):
         for part, todo in zip(parts, missing):
-            for chosen in batches_of(len(todo), world.rank, world.size, batch):
+            mine = batches_of(len(todo), world.rank, world.size, batch)
+            for chosen in mine:
                 images = sample(todo[chosen]).cpu()
                 list(pool.map(write, todo[chosen].tolist(), images))
                 bar.update(len(images) * world.size)
+            if not shard:
+                sync_images(out, [seed for chosen in mine for seed in todo[chosen].tolist()], pool)
             world.barrier()
             if shard and world.rank == 0:
                 _pack(out, part, there)
     if world.rank == 0:
         _write_labels(out, seeds, [labels(part) for part in seeds.split(batch)])
+
+
+def _whole(out: Path) -> set[str]:
+    """The files of the set that are there and not empty, relative to it."""
+    return {file.relative_to(out).as_posix() for file in out.rglob("*.*") if file.stat().st_size}
+
+
+def sync_images(out: Path, seeds: Sequence[int], pool: ThreadPoolExecutor) -> None:
+    """These images are on the disk: once for all that this process made, for one by one costs more."""
+    made = [out / image_name(seed) for seed in seeds]
+    list(pool.map(synced, made))
+    list(pool.map(sync_folder, {file.parent for file in made}))
 
 
 def _claim(out: Path, identity: dict, world: World, replace: bool) -> None:
@@ -76,7 +93,7 @@ def _claim(out: Path, identity: dict, world: World, replace: bool) -> None:
     if record.exists() and (found := read_object(record)) != identity:
         differs = next(k for k in sorted(found.keys() | identity.keys()) if found.get(k) != identity.get(k))
         raise NeonError(f"{out} holds another set ({differs} differs); choose another --out")
-    if not record.exists() and out.exists() and any(out.iterdir()):
+    if not record.exists() and out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise NeonError(f"{out} is not empty and not a set of generated images; choose another --out")
     world.barrier()
     if world.rank == 0:

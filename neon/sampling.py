@@ -57,10 +57,11 @@ def start(
     labels: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor | None, Streams]:
-    """What each seed draws first: noise (N, *shape) float32, then a class (N,) if the model has any and none are given.
+    """What each seed draws first: noise (N, *shape) float32, then a class (N,) if the model has any.
 
-    Also returns the streams, for what is drawn later. The classes are None for an unconditional model. Raises NeonError
-    if labels do not go with the seeds or the model.
+    Also returns the streams, for what is drawn later: it does not depend on whether labels are given, for the class is
+    drawn all the same. The classes are None for an unconditional model. Raises NeonError if labels do not go with the
+    seeds or the model.
     """
     if labels is not None and not classes:
         raise NeonError("this network is unconditional: sample it without class labels")
@@ -70,11 +71,8 @@ def start(
         raise NeonError(f"class labels must lie in 0..{classes - 1}")
     streams = Streams(seeds, device)
     noise = streams.randn(shape)
-    if labels is not None:
-        labels = labels.to(device)
-    elif classes:
-        labels = streams.randint(classes)
-    return noise, labels, streams
+    drawn = streams.randint(classes) if classes else None
+    return noise, drawn if labels is None else labels.to(device), streams
 
 
 def to_uint8(images: torch.Tensor, nearest: bool = False) -> torch.Tensor:

@@ -21,7 +21,8 @@ from neon.data import ORDERS, ImageSet, batches
 from neon.distributed import World
 from neon.dropout import masks_of
 from neon.family import Family, Recipe, rows_of
-from neon.files import discard, progress, regular, to_json
+from neon.files import check_room, discard, filling, progress, regular, to_json
+from neon.lock import one_writer
 from neon.precision import autocast
 from neon.sampling import part_of
 from neon.stop import Terminated, deferred
@@ -40,6 +41,7 @@ def snapshots(path: str | Path) -> list[Path]:
     return sorted(path.glob("snapshot-*.safetensors")) or [path]
 
 
+@one_writer
 def train(
     family: Family,
     model: torch.nn.Module,
@@ -69,9 +71,10 @@ def train(
     save_every: images between states (default recipe.snapshot); save_minutes: also a state every so many minutes;
     tensorboard: a folder for the numbers of log.jsonl as TensorBoard reads them;
     raw: where there is an average, also write raw-<images>.safetensors, the weights themselves;
-    replace: delete another run that is there. Raises NeonError if the folder holds another run or anything else, or if
-    weights or loss are not finite (the last snapshot stays); Terminated, with the state saved, if SIGTERM comes in a
-    block of neon.stop.attended.
+    replace: delete another run that is there. Raises NeonError if the folder holds another run or anything else, if
+    another process writes there, if the disk has no room for a state and a snapshot, or if weights or loss are not
+    finite (the last snapshot stays); Terminated, with the state saved, if SIGTERM or SIGHUP comes in a block of
+    neon.stop.attended.
     """
     out = Path(out)
     family.check(model, data.shape, data.labels)
@@ -89,6 +92,8 @@ def train(
             discard(out)
         world.barrier()
     images = _restore(out / STATE, identity, params, ema, optimizer, scaler)
+    if images < recipe.budget and world.rank == 0:
+        check_room(out, _bytes_of(params) * (5 if ema else 4))  # a state (weights, two moments, average), a snapshot
     if images == 0:
         _check_finite(params, 0, out)
         if world.rank == 0:
@@ -151,6 +156,10 @@ def train(
     log.close()
     world.barrier()
     return snapshots(out)
+
+
+def _bytes_of(params: Mapping[str, torch.nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in params.values())
 
 
 def make_optimizer(params: Mapping[str, torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
@@ -313,7 +322,7 @@ def _spec(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
 
 
 class _Requests:
-    """What all processes agree to do at the end of a step: stop (SIGTERM came to one of them), save (it is time).
+    """What all processes agree to do at the end of a step: stop (a signal came to one of them), save (it is time).
 
     Several processes ask each other about once a second, in the same step: to ask after every step would make a GPU
     wait for the next step's commands.
@@ -375,7 +384,7 @@ class _Log:
         numbers = {"loss": mean.item(), "grad_norm": norm.item(), "lr": lr, "images_per_second": round(rate, 3)}
         row = {"images": images, **numbers, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         if self.world.rank == 0:
-            with self.path.open("a") as f:
+            with filling(self.path), self.path.open("a") as f:
                 f.write(to_json(row) + "\n")
         if self.board:
             for name, value in numbers.items():

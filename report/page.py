@@ -1,19 +1,25 @@
 """Executed notebooks as one HTML page that needs nothing else: figures inside, formulas as MathML, no script.
 
+A notebook may come from anyone: what Markdown and formulas become is cut down to the elements of a text, tables and
+MathML, without images, styles and scripts, and the page forbids browsers to run or load anything.
+
 python -m report.page NOTEBOOK.ipynb … --out PAGE.html    in this order
 python -m report.page FOLDER --out PAGE.html              those of NOTEBOOKS that are there
 """
 
 import argparse
 import base64
+import hashlib
 import html
 import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import mistune
 import nbformat
+import nh3
 from latex2mathml.converter import convert
 from PIL import Image
 
@@ -23,6 +29,17 @@ from neon.files import atomic, existing, reading
 
 NOTEBOOKS = ("samples", "w_curves", "landscape", "budget", "ablations", "table_a1", "toy_gaussian", "quickstart")
 FORMULA = r"\$\$(.+?)\$\$|\$([^$\n][^$]*?)\$"
+TEXT = {"a", "b", "blockquote", "br", "code", "del", "div", "dd", "dl", "dt", "em", "h1", "h2", "h3", "h4", "h5", "h6"}
+TEXT |= {"hr", "i", "kbd", "li", "ol", "p", "pre", "s", "small", "span", "strong", "sub", "sup", "u", "ul"}
+TABLE = {"caption", "table", "tbody", "td", "tfoot", "th", "thead", "tr"}
+MATH = {"math", "mfenced", "mfrac", "mi", "mn", "mo", "mover", "mpadded", "mphantom", "mroot", "mrow", "ms", "mspace"}
+MATH |= {"msqrt", "mstyle", "msub", "msubsup", "msup", "mtable", "mtd", "mtext", "mtr", "munder", "munderover"}
+ATTRIBUTES = {"*": set(), "a": {"href"}, "td": {"colspan", "rowspan"}, "th": {"colspan", "rowspan"}, "ol": {"start"}}
+ATTRIBUTES |= {"math": {"display", "xmlns"}, "mo": {"fence", "form", "largeop", "lspace", "rspace", "stretchy"}}
+ATTRIBUTES |= {"mspace": {"width"}, "mstyle": {"displaystyle", "scriptlevel"}, "mfrac": {"linethickness"}}
+ATTRIBUTES |= {"mi": {"mathvariant"}, "mn": {"mathvariant"}, "mtable": {"columnalign"}, "mtd": {"columnalign"}}
+ATTRIBUTES["mover"] = ATTRIBUTES["munder"] = ATTRIBUTES["munderover"] = {"accent", "accentunder"}
+CLEANER = nh3.Cleaner(tags=TEXT | TABLE | MATH, attributes=ATTRIBUTES, url_schemes={"http", "https"}, link_rel=None)
 STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
 body { overflow-wrap: break-word; }
@@ -42,24 +59,28 @@ section { border-top: 2px solid #ddd; margin-top: 3rem; }
 """
 
 
+DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+POLICY = f"default-src 'none'; img-src data:; style-src 'sha256-{DIGEST}'; base-uri 'none'; form-action 'none'"
+
+
 def page(notebooks: Sequence[str | Path], title: str) -> str:
     """The page: an index with the first figure of each notebook, then all of them, code folded away.
 
-    Raises NeonError if a file is not a notebook.
+    Raises NeonError if a file is not a notebook, or holds what cannot be shown.
     """
     index, sections = [], []
     for path in map(existing, notebooks):
-        with reading(path, "not a notebook that can be shown"):
-            cells = _cells(path)
-            body = "\n".join(_cell(cell, path.stem) for cell in cells)
+        with reading(path, "holds what cannot be shown"):
+            cells, place = _cells(path), quote(path.stem)
+            body, small = _shown(cells, path)
             lines = (line for cell in cells for line in cell.source.splitlines())
             heading = next((line[2:] for line in lines if line.startswith("# ")), path.stem)
-            figure = re.search(r'base64,([^"]*)"', body)
-            figure = figure and _thumbnail(figure[1])
-        index.append(f'<a href="#{path.stem}">{figure or ""}<br>{html.escape(heading)}</a>')
-        sections.append(f'<section id="{path.stem}">\n{body}\n</section>')
+        index.append(f'<a href="#{place}">{small}<br>{html.escape(heading)}</a>')
+        sections.append(f'<section id="{place}">\n{body}\n</section>')
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta name="referrer" content="no-referrer">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n<header><h1>{html.escape(title)}</h1></header>\n"
         f'<nav aria-label="Notebooks">{"".join(index)}</nav>\n<main>\n{"".join(sections)}\n</main>\n</body>\n</html>\n'
@@ -67,10 +88,15 @@ def page(notebooks: Sequence[str | Path], title: str) -> str:
 
 
 def _cells(path: Path) -> list:
-    try:
+    with reading(path, "not a notebook"):
         return nbformat.read(path, as_version=4).cells
-    except Exception as error:  # of several libraries
-        raise NeonError(f"{path}: not a notebook ({error})") from None
+
+
+def _shown(cells: Sequence, path: Path) -> tuple[str, str]:
+    """All cells, and the first figure, small."""
+    body = "\n".join(_cell(cell, path.stem) for cell in cells)
+    figure = re.search(r'<img alt="[^"]*" src="data:image/png;base64,([^"]*)"', body)
+    return body, _thumbnail(figure[1]) if figure else ""
 
 
 def _thumbnail(png: str) -> str:
@@ -115,14 +141,23 @@ def _markdown(source: str, notebook: str) -> str:
     formulas = []  # kept away from Markdown, to which _ and * mean something else
 
     def keep(match):
-        formulas.append(convert(match[1], display="block") if match[1] else convert(match[2]))
+        formulas.append(_formula(match))
         return f"\0{len(formulas) - 1}\0"
 
-    rendered = mistune.html(re.sub(FORMULA, keep, source, flags=re.DOTALL))
+    rendered = mistune.html(re.sub(FORMULA, keep, source.replace("\0", ""), flags=re.DOTALL))
+    rendered = re.sub("\0(\\d+)\0", lambda m: formulas[int(m[1])], rendered)
+    rendered = CLEANER.clean(rendered)  # with the formulas, which may stand in an attribute; what follows is our own
     rendered = re.sub(r"(</?h)([1-5])", lambda m: f"{m[1]}{int(m[2]) + 1}", rendered)  # the page's title is its one h1
     rendered = re.sub(r'<a href="(?!https?:)([^"]*)">(.*?)</a>', _link, rendered)
-    rendered = re.sub(r"<table>.*?</table>", _table, rendered, flags=re.DOTALL)
-    return re.sub("\0(\\d+)\0", lambda m: formulas[int(m[1])], rendered)
+    return re.sub(r"<table>.*?</table>", _table, rendered, flags=re.DOTALL)
+
+
+def _formula(match: re.Match) -> str:
+    """MathML; the source where it cannot be converted."""
+    try:
+        return convert(match[1], display="block") if match[1] else convert(match[2])
+    except Exception:  # the library raises many kinds
+        return f"<code>{html.escape(match[0])}</code>"
 
 
 def _link(match: re.Match) -> str:

@@ -57,6 +57,41 @@ def test_a_rest_that_is_longer_than_the_file_is_thrown_away(tmp_path, server):
     assert local(f"{server.url}/stats.npz", tmp_path).read_bytes() == DATA
 
 
+@pytest.mark.parametrize("name", [".stats.npz.partial", ".stats.npz.lock"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "second name", "pipe", "folder"])
+def test_what_others_have_put_there_is_not_written_to(tmp_path, server, name, kind):
+    """The names of a download that may be resumed are known to all who can write into the folder."""
+    (tmp_path / "precious").write_bytes(b"precious")
+    there, folder = tmp_path / "here" / name, tmp_path / "here"
+    folder.mkdir()
+    make = {
+        "link": lambda: there.symlink_to(tmp_path / "precious"),
+        "dangling link": lambda: there.symlink_to(tmp_path / "new"),
+        "second name": lambda: there.hardlink_to(tmp_path / "precious"),
+        "pipe": lambda: os.mkfifo(there),
+        "folder": there.mkdir,
+    }
+    make[kind]()
+    with pytest.raises(NeonError, match=rf"{re.escape(name)}: not a regular file"):
+        local(f"{server.url}/stats.npz", folder)
+    assert (tmp_path / "precious").read_bytes() == b"precious" and not (tmp_path / "new").exists()
+    assert not (folder / "stats.npz").exists()
+
+
+def test_a_part_of_another_user_is_not_resumed(tmp_path, server, monkeypatch):
+    (tmp_path / ".stats.npz.partial").write_bytes(b"theirs")
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(NeonError, match=r"\.stats\.npz\.partial: is another user's; remove it"):
+        local(f"{server.url}/stats.npz", tmp_path)
+
+
+def test_a_download_that_has_no_room_says_so_first(tmp_path, server, monkeypatch):
+    monkeypatch.setattr("neon.files.free_bytes", lambda path: 1000)
+    with pytest.raises(NeonError, match=rf"needs {len(DATA):,} bytes, and the disk has 1,000 bytes free"):
+        local(f"{server.url}/stats.npz", tmp_path)
+    assert not list(tmp_path.glob("*.npz")) and size(tmp_path / ".stats.npz.partial") == 0
+
+
 def test_a_path_is_taken_as_it_is(tmp_path):
     assert local("some/where.npz", tmp_path).as_posix() == "some/where.npz"
 
@@ -246,6 +281,57 @@ def test_the_token_is_for_the_hub_alone(table, server):
     neon("download")
     hub = {f"/some/repo/resolve/{at}/file.bin": "Bearer secret" for at in ("v1", COMMIT)}
     assert server.tokens == {**hub, "/cdn/file.bin": None, "/b.bin": None}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "hf://some/repo@../../other/file.bin",
+        "hf://some/repo@../file.bin",
+        "hf://some/repo@v1%2F../file.bin",
+        "hf://some/repo@v1/../../main/file.bin",
+        "hf://some/..@v1/file.bin",
+        "hf://../repo@v1/file.bin",
+        "hf://some/repo@/file.bin",
+        "hf://some/repo@v1/a//file.bin",
+        "hf://some/repo@v1/file.bin?download=1",
+        "hf://some/repo@v1/",
+        "hf://some",
+    ],
+)
+def test_a_source_does_not_lead_elsewhere_on_the_hub(table, server, capfd, source):
+    table(f"released,a.bin,{source},,")
+    assert f"{source}: not hf://OWNER/REPO@REVISION/FILE" in failure(capfd)[0]
+    assert not server.seen and not Path("a.bin").exists()
+
+
+def test_a_table_as_a_spreadsheet_writes_it(table, server):
+    """With a byte-order mark, which does not come back, and line ends of Windows."""
+    table("released,a.bin,{url}/a.bin,,")
+    path = Path("downloads.csv")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    neon("download")
+    assert Path("a.bin").read_bytes() == DATA
+    assert path.read_bytes().startswith(b"group,path") and [row["sha256"] for row in read_table()] == [DIGEST]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'released,"a.bin,{url}/a.bin,,\n',
+        b'released,"a"b.bin,x,,\n',
+        b"released,a\xff.bin,x,,\n",
+        b"released," + b"a" * 200_000 + b",x,,\n",
+        b"released,a.bin,x,,,,,,\n",
+        b"released,a.bin,x\n",
+        b"nonsense,a.bin,x,,\n",
+    ],
+)
+def test_a_table_that_is_none(tmp_path, monkeypatch, capfd, text):
+    monkeypatch.chdir(tmp_path)
+    Path("downloads.csv").write_bytes(b"group,path,source,size,sha256\n" + text)
+    (line,) = failure(capfd)
+    assert line.startswith("error: downloads.csv: not a table of group, path") and len(line) < 400
 
 
 def test_groups_names_and_errors(table, capfd):

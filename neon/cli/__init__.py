@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from neon import Missing, NeonError
-from neon.stop import STATUS, Terminated, attended, leaves
+from neon.stop import Terminated, attended, ended_by, leaves
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "neon") -> None:
@@ -52,8 +52,9 @@ UNEXPECTED = 70  # exit status; EX_SOFTWARE of sysexits.h
 def command_line(run: Callable[[], None], debug: bool = False) -> None:
     """Call `run` as a program: what the user can fix becomes one line on stderr and exit status 1.
 
-    SIGTERM becomes one line that says what is saved, and exit status 143. Anything that is not expected becomes one
-    line too, and exit status 70; its traceback is in a file, or on stderr with debug or --debug among the words.
+    SIGTERM and SIGHUP become one line that says what is saved, and exit status 143 or 129. Anything that is not
+    expected becomes one line too, and exit status 70; its traceback is in a file, or on stderr with debug or --debug
+    among the words.
     """
     if DEBUG in sys.argv[1:]:
         debug = True
@@ -88,7 +89,8 @@ def _ended_by(run: Callable[[], None], debug: bool = False) -> tuple[str, int] |
     except KeyboardInterrupt:
         return "", 130
     except Terminated as stopped:
-        return f"stopped by SIGTERM: {stopped}", STATUS
+        name, status = ended_by()
+        return f"stopped by {name}: {stopped}", status
     except Exception as error:
         return _unexpected(error, debug), UNEXPECTED
     return None

@@ -33,6 +33,7 @@ from neon.files import atomic, discard, existing, same_file, sha256, write_json
 from neon.final import check_made_alike, check_sampled_alike, final_points, in_common
 from neon.generate import generate
 from neon.images import evaluation_of, measure_images
+from neon.lock import writing
 from neon.measure.candidates import BY, Candidates, Point
 from neon.measure.compare import Difference, fid_difference
 from neon.measure.evaluate import SETS, Evaluation, parse_metrics, reference_of
@@ -104,7 +105,7 @@ def run_inspect(args) -> None:
 def run_convert(args) -> None:
     if Path(args.out).suffix != ".safetensors":
         raise NeonError(f"{args.out}: converted checkpoints are .safetensors")
-    with open_weights(args.file, args.key) as weights:
+    with writing(args.out), open_weights(args.file, args.key) as weights:
         write_safetensors(args.out, {name: weights.spec(name) for name in weights}, weights.items(), weights.metadata)
         print(f"{args.out}: from {weights.origin}")
 
@@ -126,7 +127,7 @@ def run_train(args) -> None:
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     recipe = dataclasses.replace(recipe, **changes)
     data = ImageSet(args.data, first=args.max_images)
-    with world(args.device, recipe.tf32 if args.tf32 is None else args.tf32) as here:
+    with world(args.device, recipe.tf32 if args.tf32 is None else args.tf32) as here, writing(args.out, here):
         if here.device.type == "cpu" and not args.precision:
             recipe = dataclasses.replace(recipe, precision="float32")
         recipe = dataclasses.replace(recipe, tf32=here.tf32)
@@ -150,7 +151,7 @@ def run_train(args) -> None:
 def run_generate(args) -> None:
     family, seeds = get_family(args.family), parse_seeds(args.seeds)
     change = _modification(args, family)
-    with processes(args, family) as here:
+    with processes(args, family) as here, writing(args.out, here):
         candidates, options = _candidates(args, args.model, family, here), sampling_options(args, family)
         model = candidates.load(None, 0.0)
         draw, decided = partial(images_of_seeds, family, model, **options), {}
@@ -211,7 +212,7 @@ def run_evaluate(args) -> None:
     if args.by == "guidance" and not args.selftrained:
         raise NeonError("--by guidance needs --selftrained, the network to get away from, and -w")
     family = get_family(args.family)
-    with processes(args, family) as here:
+    with processes(args, family) as here, writing(args.out, here):
         evaluation = _evaluation(args, here)
         candidates = _candidates(args, args.base, family, here, args.by)
         point = Point(args.selftrained and str(args.selftrained), args.w or 0.0)
@@ -228,7 +229,7 @@ def _evaluate_images(args) -> None:
     if given := given + ["by"] * (args.by != "merge"):
         raise NeonError(f"--images are measured as they are: leave out {', '.join(map(option_of, given))}")
     images = ImageSet(args.images)
-    with world(args.device, bool(args.tf32)) as here:
+    with world(args.device, bool(args.tf32)) as here, writing(args.out, here):
         reference = load_reference(existing(args.ref))
         evaluation = evaluation_of(images, args.features, reference, args.metrics, args.batch_size, here)
         say_metrics(args, evaluation.metrics, here)
@@ -244,7 +245,7 @@ def run_search(args) -> None:
         raise NeonError("a search goes by FID: let --metrics begin with fid")
     family = get_family(args.family)
     trained = [str(existing(path)) for folder in args.selftrained for path in snapshots(folder)]
-    with processes(args, family) as here:
+    with processes(args, family) as here, writing(args.out, here):
         evaluation = _evaluation(args, here)
         candidates, rows = _candidates(args, args.base, family, here, args.by), _rows(args, here)
         search = {"grid": _search_by_grid, "surface": _search_by_surface}[method_of(args)]
@@ -352,7 +353,7 @@ def run_final(args) -> None:
         raise NeonError(f"{args.search} started from another base, {searched[0]['base']}")
     check_made_alike(searched, args.by)
     points = final_points(searched, [field.name for field in dataclasses.fields(family.Sampling)])
-    with processes(args, family) as here:
+    with processes(args, family) as here, writing(args.out, here):
         evaluation, options = _evaluation(args, here), sampling_options(args, family)
         candidates = _candidates(args, args.base, family, here, args.by)
         now = sampled_by(candidates, here, options)
@@ -414,8 +415,9 @@ def run_clean(args) -> None:
         if not folder.is_dir():
             print(f"{folder}: not there")
             continue
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        discard(folder)
+        with writing(path):
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            discard(folder)
         print(f"{folder}: deleted, {size / 2**20:,.1f} MiB")
 
 
@@ -438,7 +440,7 @@ def run_card(args) -> None:
             raise NeonError(f"{out} exists; choose another --out, or replace it with --replace")
         if args.push_to_hub:
             check_token()
-        with atomic(out) as partial:
+        with writing(out), atomic(out) as partial:
             partial.write_text(text)
         print(f"written to {out}")
         if args.push_to_hub:
@@ -455,7 +457,7 @@ def run_grid(args) -> None:
     need(rows, ("w", "family", "tf32"), args.final)
     if others := {row["family"] for row in rows} - {family.name}:
         raise NeonError(f"{args.final}: rows of {', '.join(others)}, not of {family.name}")
-    with world(args.device, any(row["tf32"] for row in rows)) as here:
+    with world(args.device, any(row["tf32"] for row in rows)) as here, writing(args.out, here):
         options = {"device": here.device, **loading(args, family)}
         drawn = {row["role"]: images_of(row, seeds, args.batch_size, **options) for row in rows}
         if here.rank == 0:
@@ -471,7 +473,7 @@ def run_reference(args) -> None:
     if not (args.images or args.statistics):
         raise NeonError("nothing to make a reference of: give --images, --statistics or both")
     published = load_reference(existing(args.statistics)) if args.statistics else None
-    with world(args.device) as here:
+    with world(args.device) as here, writing(args.out, here):
         reference = published
         if args.images:
             images, extractor = ImageSet(args.images, args.size), load_extractor(args.features, here.device)

@@ -83,7 +83,7 @@ MERGE = (
     " pipeline, the part that is not an encoder, or --component."
 )
 RESUMES = "the same command resumes"
-# What a command that SIGTERM stops leaves, with the names of options in braces.
+# What a command that SIGTERM or SIGHUP stops leaves, with the names of options in braces.
 LEFT = {
     "download": f"what was downloaded is kept; {RESUMES}",
     "train": f"what was saved so far is in {{out}}; {RESUMES}",

@@ -14,6 +14,7 @@ from neon import NeonError
 from neon.extrapolate import Strength, merge_groups, strengths
 from neon.family import get_family
 from neon.files import same_file, sha256
+from neon.lock import writing
 from neon.merge import check_same_names
 from neon.weights.adapters import (
     Adapted,
@@ -42,6 +43,8 @@ def run_merge(args) -> None:
     model, adapted = _sides(args)
     targets = _targets(args, model)
     with ExitStack() as files:
+        for out in () if args.dry_run else targets:
+            files.enter_context(writing(out))
         base = files.enter_context(open_weights(model.weights, args.key))
         if args.adapter:
             return _write_again(args, model, base, targets)
@@ -155,6 +158,7 @@ def run_extract_lora(args) -> None:
     check_form(args.out, args.form)
     part = part_of(args.component or model.component, model.kind) if args.form != "peft" else ""
     with ExitStack() as files:
+        files.enter_context(writing(args.out))
         base = files.enter_context(open_weights(model.weights))
         selftrained, said, digest = _selftrained(args, model, base, files)
         check_same_names(base, selftrained)

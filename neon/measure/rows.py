@@ -16,7 +16,7 @@ import torch
 from neon import Diverged, NeonError
 from neon.distributed import World
 from neon.family import Family, get_family
-from neon.files import atomic, from_json, read_json, reading, regular, sha256, to_json
+from neon.files import atomic, filling, from_json, read_json, reading, regular, sha256, to_json
 from neon.guidance import NETWORKS
 from neon.measure.candidates import BY, Candidates, Point, by_of
 from neon.measure.evaluate import Evaluation
@@ -280,7 +280,7 @@ class Rows:
             self.rows[key] = {"key": key, **compute()}
             if self.write:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a") as f:
+                with filling(self.path), self.path.open("a") as f:
                     f.write(to_json(self.rows[key]) + "\n")
         return self.rows[key]
 

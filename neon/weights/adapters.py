@@ -293,9 +293,10 @@ def write_adapter(
     check_form(out, form)
     metadata = {"format": "pt"} | dict(record)
     if form == "peft":
-        with atomic(out) as partial:
+        factors = dict(_peft(layers, PEFT_PREFIX))
+        with atomic(out, size=sum(factor.nbytes for factor in factors.values())) as partial:
             partial.mkdir()
-            save_safetensors(partial / PEFT_WEIGHTS, dict(_peft(layers, PEFT_PREFIX)), metadata)
+            save_safetensors(partial / PEFT_WEIGHTS, factors, metadata)
             (partial / PEFT_CONFIG).write_text(to_json(_peft_config(layers, base), indent=2) + "\n")
     elif form == "diffusers":
         save_safetensors(out, dict(_peft(layers, f"{part}.")), metadata)

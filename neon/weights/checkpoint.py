@@ -16,7 +16,6 @@ import math
 import pickle
 import re
 import struct
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -31,7 +30,7 @@ from safetensors import safe_open
 
 from neon import NeonError
 from neon.archives import check_members
-from neon.files import atomic, existing, read_json, read_object, reading, regular
+from neon.files import atomic, check_room, existing, read_json, read_object, reading, regular, scratch
 from neon.weights.pipeline import weights_file
 
 # Where public checkpoints keep the weights that are sampled from, best first (EMA before raw); dots enter nested dicts.
@@ -289,7 +288,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     missing = dict.fromkeys(specs)
-    with atomic(path) as partial, partial.open("wb") as f:
+    with atomic(path, size=8 + len(text) + end) as partial, partial.open("wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         data_start = f.tell()
         for name, tensor in tensors:
@@ -311,7 +310,7 @@ def _write_shards(
 ) -> None:
     if path.exists():  # it may hold anything, which would be deleted
         raise NeonError(f"{path}: exists; remove it or choose another folder")
-    with atomic(path) as partial:
+    with atomic(path, size=size_of(like)) as partial:
         partial.mkdir()
         fill_with_shards(partial, like, tensors, metadata)
 
@@ -332,16 +331,23 @@ def _write_torch(
     path: Path, like: TorchWeights, tensors: Iterable[tuple[str, torch.Tensor]], metadata: Mapping
 ) -> None:
     # torch.save needs all tensors at once: they are kept in a memory-mapped scratch file, not in memory.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch, atomic(path) as partial:
-        waiting = Path(scratch, "tensors")
+    size = size_of(like)
+    check_room(path, 2 * size)
+    with scratch(path) as folder, atomic(path, size=size) as partial:
+        waiting = folder / "tensors"
         _write_file(waiting, like, tensors, {})
         with safe_open(waiting, framework="pt") as mapped:
             state = {name: mapped.get_tensor(name) for name in like}
             # An empty one has the address of the next: torch.save would see one storage with two dtypes.
             state = {name: tensor if tensor.numel() else tensor.clone() for name, tensor in state.items()}
             tree = _replace(like.tree, _steps(like.key), state)
-            torch.save(tree | {RECORD: dict(metadata)} if like.key and metadata else tree, partial)
+            with partial.open("wb") as file:  # given a path, torch names the folder in its archive after it
+                torch.save(tree | {RECORD: dict(metadata)} if like.key and metadata else tree, file)
+
+
+def size_of(weights: Weights) -> int:
+    """Bytes of all tensors."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in map(weights.spec, weights))
 
 
 def _replace(tree, steps: list[str], state: dict):

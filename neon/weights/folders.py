@@ -21,6 +21,7 @@ from neon.weights.checkpoint import (
     metadata_like,
     open_weights,
     shard_files,
+    size_of,
     write_safetensors,
     write_weights,
 )
@@ -170,7 +171,7 @@ def write_model(
         return here | shutil.ignore_patterns(*NOT_COPIED)(folder, names)
 
     metadata = {"format": "pt"} | metadata_like(base, record)  # older versions of transformers insist on a format
-    with atomic(out) as partial:
+    with atomic(out, size=size_of(base)) as partial:
         shutil.copytree(model.folder, partial, ignore=ignore)
         if is_sharded(base):
             fill_with_shards(partial / part, base, tensors, metadata)

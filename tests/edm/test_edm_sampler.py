@@ -132,10 +132,39 @@ def test_streams(group, resolution):
     assert torch.equal(class_idx, g[f"{group}_labels_after_latents{resolution}"])
     noise = streams.randn((3, resolution, resolution), torch.float64).flatten(1)
     assert torch.equal(noise[:, :8], g[f"{group}_randnlike64_after_{resolution}_first8"])
-    if (group, resolution) == ("a", 32):
-        _, _, streams = start(net, seeds, class_idx)  # given, not drawn
-        noise = streams.randn((3, 32, 32), torch.float64).flatten(1)
-        assert torch.equal(noise[:, :8], g["a_randnlike64_without_label_draw_first8"])
+    _, given, streams = start(net, seeds, (class_idx + 1) % 10)  # drawn all the same
+    noise = streams.randn((3, resolution, resolution), torch.float64).flatten(1)
+    assert torch.equal(noise[:, :8], g[f"{group}_randnlike64_after_{resolution}_first8"])
+    assert torch.equal(given, (class_idx + 1) % 10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
+def test_churn_after_labels_as_the_original_draws_it(given):
+    """Latents, then a class whether one is given or not, then the noise of each step, each from the image's stream."""
+    seeds, steps, churn = [3, 8], 4, 2.0
+    net = tiny_net("cond")
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def stacked(draw):
+        return torch.stack([draw(generator) for generator in generators])
+
+    latents = stacked(lambda g: torch.randn(shape, generator=g))
+    labels = stacked(lambda g: torch.randint(net.label_dim, (), generator=g))
+    if given:
+        labels = torch.tensor([0, net.label_dim - 1])
+    one_hot = F.one_hot(labels, net.label_dim).double()
+    sigmas = sigma_schedule(steps, max(0.002, net.sigma_min), min(80, net.sigma_max)).tolist()
+    x = latents.double() * sigmas[0]
+    for sigma, after in pairwise(sigmas):
+        raised = sigma * (1 + min(churn / steps, math.sqrt(2) - 1))
+        noise = stacked(lambda g: torch.randn(shape, generator=g, dtype=torch.float64))
+        x = x + math.sqrt(raised**2 - sigma**2) * noise
+        x = x + (after - raised) * (x - net(x, torch.tensor(raised).double(), one_hot).double()) / raised
+    options = {"num_steps": steps, "s_churn": churn, "solver": "euler"}
+    images = sample(net, torch.tensor(seeds), labels if given else None, **options)
+    assert torch.equal(images, to_uint8(x, nearest=True))
 
 
 def test_uint8_rule():
