@@ -7,8 +7,9 @@ from pathlib import Path
 import pandas as pd
 
 from neon.files import atomic
+from report import rivals
 from report.claims import documents
-from report.tables import compared, markdown
+from report.tables import compared, markdown, read_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results/mini"
@@ -24,15 +25,28 @@ PAIRS = [
 def tables() -> dict[str, str]:
     """Name of the markers → Markdown, from the results."""
     titles = json.loads((RESULTS / "titles.json").read_text())
-    diagnosed = RESULTS / "diagnose.md"
     return {
-        "diagnose": diagnosed.read_text() if diagnosed.exists() else "",
+        **{name: written(f"{name}.md") for name in ("methods", "spaces", "diagnose")},
+        **next_to_neon(titles),
         "mini": (RESULTS / "table.md").read_text(),
         "steps": markdown(compared(pd.read_csv(RESULTS / "final.csv"), PAIRS, titles)),
         "sources": (RESULTS / "ablations/cross/table.md").read_text(),
-        "methods": (RESULTS / "methods.md").read_text() if (RESULTS / "methods.md").exists() else "",
         **documents(ROOT / "results"),
     }
+
+
+def written(name: str) -> str:
+    """A table that a stage wrote; '' if it was not measured."""
+    return (RESULTS / name).read_text() if (RESULTS / name).exists() else ""
+
+
+def next_to_neon(titles: dict[str, str]) -> dict[str, str]:
+    """Controls and rivals, and S by GMO."""
+    final, gmo = rivals.read_all(RESULTS), read_table(RESULTS / "gmo/final.csv")
+    found = {"rivals": markdown(rivals.table(final, rivals.headlines(final, titles)))}
+    if gmo is not None:
+        found["gmo"] = markdown(rivals.strengths(gmo, json.loads((RESULTS / "gmo/titles.json").read_text())))
+    return found
 
 
 def filled(text: str, tables: dict[str, str]) -> str:

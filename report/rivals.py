@@ -32,8 +32,6 @@ class Method:
 
 METHODS = (
     Method("Neon", "neon"),
-    Method("Neon, S by GMO (α = 0.1)", "neon", "-gmo0.1"),
-    Method("Neon, S with noise as large", "control", "-noise0.1"),
     Method("self-training (w = −1)", "control", role="selftrained"),
     Method("fine-tuned on real images", "control", "-real", "selftrained"),
     Method("Neon with real images as S", "control", "-real"),
@@ -50,9 +48,16 @@ METRICS = ("precision", "recall", "density", "coverage")
 
 
 def read_all(results: Path) -> pd.DataFrame:
-    """Final rows of the main settings, the controls, the rivals and GMO, as far as they were measured."""
-    tables = (read_table(results / name / "final.csv") for name in ("", "controls", "rivals", "gmo"))
+    """Final rows of the main settings, the controls and the rivals, as far as they were measured."""
+    tables = (read_table(results / name / "final.csv") for name in ("", "controls", "rivals"))
     return pd.concat([table for table in tables if table is not None], ignore_index=True)
+
+
+def headlines(final: pd.DataFrame, titles: Titles = None) -> dict[str, str]:
+    """The settings that another method was measured on, each with the first part of its title."""
+    names = list(final["setting"].unique())
+    tested = [name for name in names if any(m.suffix and name + m.suffix in names for m in METHODS)]
+    return {name: titled(name, titles).partition(" (")[0] for name in tested}
 
 
 def models(final: pd.DataFrame, setting: str) -> Iterator[tuple[Method, pd.DataFrame, pd.DataFrame]]:

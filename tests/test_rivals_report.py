@@ -83,6 +83,11 @@ def test_strengths_of_gmo_are_compared_with_none(tmp_path):
     assert table.loc["imm1-noise0.1", "minus α = 0, paired"] == "0 ± 0"
 
 
+def test_headlines_are_the_settings_that_were_put_to_the_test(final):
+    titles = {"euler10": "EDM, 10 steps (mode seeking)", "fm4": "Flow"}
+    assert rivals.headlines(final, titles) == {"euler10": "EDM, 10 steps"}
+
+
 def test_what_was_not_measured_is_left_out(tmp_path, final):
     final.to_csv(tmp_path / "final.csv", index=False)
     (tmp_path / "rivals").mkdir()
