@@ -30,7 +30,7 @@ CURVES = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se", "p
 MORE = ["density", "coverage", "kid", "authpct", "mind"]  # columns where rows have them
 # Metrics for reading next to FID: name, factor, form of a number.
 READ = {name: (name, 1, ".3f") for name in ("precision", "recall", "density", "coverage")} | {
-    "kid": ("KID × 10³", 1000, ".3g"),
+    "kid": ("KID", 1, ".3g"),
     "authpct": ("AuthPct", 1, ".1f"),
     "mind": ("MIND", 1, ".3g"),
 }

@@ -207,7 +207,7 @@ def test_tables_say_how_every_metric_moved():
         measured[metric] = np.where(neon, after, before) + measured["seed"] * 0.0002 - 0.0001
     assert list(final_table(plain).columns[-3:]) == ["gain", "precision", "recall"]
     table = final_table(pd.concat([plain, measured]))
-    assert list(table.columns[-6:]) == ["gain", "precision", "recall", "density", "KID × 10³", "AuthPct"]
+    assert list(table.columns[-6:]) == ["gain", "precision", "recall", "density", "KID", "AuthPct"]
     assert table.iloc[0, -4:].tolist() == [""] * 4
     assert table.iloc[1, -4:].tolist() == ["0.876 → 0.955", "1.200 → 0.900", "12.3 → 4.5", "60.0 → 75.5"]
     lines = summarise(pd.concat([plain, measured]))
