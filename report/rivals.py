@@ -105,6 +105,7 @@ def figure(final: pd.DataFrame, settings: Mapping[str, str], columns: int = 2) -
         _draw(ax, found)
         ax.set_title(title, fontsize=SMALL + 1)
         words.append(f"{title}: " + ", ".join(f"{method.title} {mean:.0f} %" for method, mean, _ in found))
+        ax.tick_params(labelbottom=True)
     for ax in axes[-columns:]:
         ax.set_xlabel("FID, % of the base's (log)", fontsize=SMALL)
     return described(fig, "FID of each method in per cent of the base's. " + "; ".join(words) + ".")

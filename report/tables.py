@@ -28,12 +28,9 @@ SUMMARY = [
 ]
 CURVES = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se", "precision", "recall", "n"]
 MORE = ["density", "coverage", "kid", "authpct", "mind"]  # columns where rows have them
-# Metrics for reading next to FID: name, factor, form of a number.
-READ = {name: (name, 1, ".3f") for name in ("precision", "recall", "density", "coverage")} | {
-    "kid": ("KID", 1, ".3g"),
-    "authpct": ("AuthPct", 1, ".1f"),
-    "mind": ("MIND", 1, ".3g"),
-}
+# Metrics for reading next to FID: name, form of a number.
+READ = {name: (name, ".3f") for name in ("precision", "recall", "density", "coverage")}
+READ |= {"kid": ("KID", ".3g"), "authpct": ("AuthPct", ".1f"), "mind": ("MIND", ".3g")}
 PREDICTED = ["family", "setting", "seed", "w", "cfg", "budget", "fid", "fid_se"]
 BEST = ["setting", "seed", "w", "w_lo", "w_hi"]
 OTHER_NAMES = {"cfg_scale": "cfg"}  # of guidance
@@ -277,8 +274,8 @@ def final_table(final: pd.DataFrame, titles: Mapping[str, str] | None = None, gu
 
 def _moved(of: Mapping[str, pd.DataFrame], metric: str) -> str:
     """'0.876 → 0.955': how the mean moved from the base to Neon."""
-    _, factor, form = READ[metric]
-    means = [factor * _mean(of[role], metric) for role in ("base", "neon")]
+    _, form = READ[metric]
+    means = [_mean(of[role], metric) for role in ("base", "neon")]
     return "" if any(map(math.isnan, means)) else " → ".join(f"{mean:{form}}" for mean in means)
 
 

@@ -209,7 +209,7 @@ def test_tables_say_how_every_metric_moved():
     table = final_table(pd.concat([plain, measured]))
     assert list(table.columns[-6:]) == ["gain", "precision", "recall", "density", "KID", "AuthPct"]
     assert table.iloc[0, -4:].tolist() == [""] * 4
-    assert table.iloc[1, -4:].tolist() == ["0.876 → 0.955", "1.200 → 0.900", "12.3 → 4.5", "60.0 → 75.5"]
+    assert table.iloc[1, -4:].tolist() == ["0.876 → 0.955", "1.200 → 0.900", "0.0123 → 0.0045", "60.0 → 75.5"]
     lines = summarise(pd.concat([plain, measured]))
     assert list(lines.columns[lines.columns.get_loc("recall_neon") :]) == [
         *("recall_neon", "density_base", "density_neon", "coverage_base", "coverage_neon", "kid_base", "kid_neon"),
