@@ -123,12 +123,12 @@ OF_A_CARD = ("w", "family", "fid", "n", "seeds", "features", "reference", "budge
 def results_of(path: str | Path) -> dict[str, Mapping]:
     """The rows of `neon final` by role. Raises NeonError if it holds others, or found no w > 0 better than the base."""
     found = Rows(existing(path), write=False).rows.values()
-    need(found, OF_A_CARD, path)
     rows = {row.get("role"): row for row in found}
     if set(rows) != set(ROLES):
         raise NeonError(f"{path}: not what `neon final` wrote, or not finished")
     if (by := by_of(rows["neon"])) != "merge":
         raise NeonError(f"{path}: rows --by {by}, so not of a merged checkpoint")
+    need(found, OF_A_CARD, path)
     if not rows["neon"]["w"]:
         raise NeonError(f"{path}: no w > 0 was better than the base, so there is no Neon to publish")
     return rows

@@ -92,7 +92,10 @@ def _alone(real: Path, said: str | Path) -> Iterator[None]:
         yield
         return
     lock = _lock_of(real)
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NeonError(f"{said}: cannot be made ({error.strerror})") from None
     with _taken(lock, said) as file:
         _write_owner(file)
         _held.add(real)

@@ -27,7 +27,8 @@ from neon import NeonError
 from neon.cli import command_line
 from neon.files import atomic, existing, reading
 
-NOTEBOOKS = ("samples", "w_curves", "landscape", "budget", "ablations", "table_a1", "toy_gaussian", "quickstart")
+NOTEBOOKS = ("samples", "w_curves", "landscape", "budget", "ablations", "controls", "table_a1", "toy_gaussian")
+NOTEBOOKS += ("quickstart",)
 FORMULA = r"\$\$(.+?)\$\$|\$([^$\n][^$]*?)\$"
 TEXT = {"a", "b", "blockquote", "br", "code", "del", "div", "dd", "dl", "dt", "em", "h1", "h2", "h3", "h4", "h5", "h6"}
 TEXT |= {"hr", "i", "kbd", "li", "ol", "p", "pre", "s", "small", "span", "strong", "sub", "sup", "u", "ul"}

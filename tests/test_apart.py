@@ -50,8 +50,10 @@ def test_a_report_takes_its_choice_from_a_search_and_has_another_reference_on_di
     assert len(finals) > 60
     for final in finals:
         search = chosen[final["search"]]
-        assert (search["ref"], final["ref"]) == ("runs/ref/train.npz", "runs/ref/heldout.npz")
-        assert search["features"] == final["features"] and not seeds(search) & seeds(final)
+        (first, to_choose), (other, to_report) = (Path(one["ref"]).parts[1:] for one in (search, final))
+        assert (to_choose, to_report) == ("train.npz", "heldout.npz") and not seeds(search) & seeds(final)
+        assert (search["features"] == final["features"]) == (first == other) and {first, other} <= {"ref", "second"}
+        assert ("other_features" in final) == (first != other)
 
 
 def test_the_two_references_are_of_different_digits(tmp_path):

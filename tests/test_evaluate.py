@@ -425,9 +425,9 @@ def test_files_that_hold_something_else(mini, searched, tmp_path):
     }.items():
         (tmp_path / name).write_bytes(content)
         wanted = f"error: {tmp_path / name}: holds something other than rows of results"
-        assert error_of(*search(mini, tmp_path / name)) == wanted
-        assert error_of(*final(mini, tmp_path / "final.jsonl", tmp_path / name)) == wanted
-        assert error_of(*final(mini, tmp_path / name, searched)) == wanted
+        assert error_of(*search(mini, tmp_path / name)).startswith(wanted)
+        assert error_of(*final(mini, tmp_path / "final.jsonl", tmp_path / name)).startswith(wanted)
+        assert error_of(*final(mini, tmp_path / name, searched)).startswith(wanted)
         assert (tmp_path / name).read_bytes() == content
     (tmp_path / "none").touch()
     assert "no finished evaluation" in error_of(*final(mini, tmp_path / "final.jsonl", tmp_path / "none"))

@@ -188,8 +188,9 @@ def test_a_process_that_waits_for_one_that_was_stopped(capsys):
     with pytest.raises(SystemExit, match="143"):
         ends("exec('with deferred(): os.kill(os.getpid(), signal.SIGTERM)'); ")
     assert capsys.readouterr().err == "stopped by SIGTERM: nothing of it is kept\n"
-    with pytest.raises(RuntimeError, match="Connection closed"):
+    with pytest.raises(SystemExit, match="70"):
         ends("")
+    assert "unexpected RuntimeError: Connection closed" in capsys.readouterr().err
 
 
 def test_search_final_and_evaluate_say_what_they_keep(mini, tmp_path):

@@ -75,7 +75,7 @@ def chosen_row(text: str) -> tuple[dict, Kept]:
     path, which = (text, "") if Path(text).exists() or ":" not in text else text.rpartition(":")[::2]
     path = existing(path)
     rows = [row_of(path)] if path.suffix == ".json" else list(Rows(path, write=False).rows.values())
-    need(rows, ("w", "fid", "features", "reference"), path)
+    need(rows, ("fid", "features", "reference"), path)
     known = {str(i): row for i, row in enumerate(rows)} | {row["role"]: row for row in rows if "role" in row}
     finite = [row for row in rows if math.isfinite(row["fid"])]
     known |= {"best": min(finite, key=lambda row: row["fid"])} if finite else {}
