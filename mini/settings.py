@@ -270,12 +270,14 @@ ABLATIONS = {
             "xar": foreign("xAR", "xar/cfg2"),
         },
         folder=ABLATION,
+        reported=SEARCH_METRICS,
     ),
     "part": Chain(  # Fig. 9
         base="edm",
         seeds=range(3),
         settings={str(n): own_digits(n) for n in (150, 300, 600, 1200)},
         folder=ABLATION,
+        reported=SEARCH_METRICS,
     ),
     "guidance": Chain(  # Fig. 10
         base="var",
@@ -283,6 +285,7 @@ ABLATIONS = {
         settings={str(cfg): guided(cfg) for cfg in (0, 0.5, 1, 2)},
         options={"vae_ckpt": "runs/vqvae.safetensors"},
         folder=ABLATION,
+        reported=SEARCH_METRICS,
     ),
 }
 
@@ -384,13 +387,13 @@ def rivals(name: str, key: str, *kinds: str) -> Chain:
     return tested(name, "rivals", {f"{key}-{kind}": variant(one, *ways[kind]) for kind in kinds}, seeds=3)
 
 
-def gmo(name: str, *keys: str) -> Chain:
+def gmo(name: str, *keys: str, strengths: Values = (0, 0.1)) -> Chain:
     """S with the Jacobian of the sampler reweighted, or with noise as large."""
     settings = {}
     for key in keys:
         one = replace(CHAINS[name].settings[key], of="", training=SHORT)
         made = {"cfg_scale": 1.5} if name == "imm" else one.synthetic
-        for strength in (0, 0.05, 0.1, 0.2):
+        for strength in strengths:
             changed = {**made, **FEW, "gmo": strength} if strength else made
             settings[f"{key}-gmo{strength}"] = steps(one, f"GMO, α = {strength}", {"synthetic": changed})
         noise = {"synthetic": {**made, **FEW, "gmo": 0.1, "gmo_control": "noise"}}
@@ -415,7 +418,7 @@ RIVALS = {
     "ddo-var": rivals("var", "tau06", "ddo"),
 }
 GMO = {
-    "gmo-imm": gmo("imm", "imm1", "imm2", "imm4"),
+    "gmo-imm": gmo("imm", "imm1", "imm2", "imm4", strengths=(0, 0.05, 0.1, 0.2)),
     "gmo-demo": gmo("demo", "euler10"),
     "gmo-flow": gmo("flow", "fm4"),
 }
