@@ -342,6 +342,7 @@ def test_the_stage_depends_on_every_table_that_a_claim_reads():
         ROOT / "results" / entry["scale"] / f"{place.get('table', 'final')}.csv"
         for entry in CLAIMS.values()
         for place in (entry["check"], *(entry["check"].get(name, {}) for name in ("less", "more")))
+        if entry["scale"] != "paper"  # of another pipeline, which must not run from here
     }
     there = {path for path in read if path.exists()}
     assert len(there) > 6
