@@ -168,8 +168,18 @@ def _map_on_meta(family: Family, network: str | Path, options: Mapping[str, obje
         return noise_map_of(family)(model, seeds, family.labels(model, seeds), **options)
 
 
+TRAINED: dict[tuple, Cost] = {}  # what `training` counted; a recipe has no hash
+
+
 def training(family: Family, network: str | Path, recipe: Recipe) -> Cost:
     """Of an image in a training step: the loss with what it needs, such as latents, forward and backward."""
+    key = family, network, repr(recipe)
+    if key not in TRAINED:
+        TRAINED[key] = _training(family, network, recipe)
+    return TRAINED[key]
+
+
+def _training(family: Family, network: str | Path, recipe: Recipe) -> Cost:
     model = family.hollow(network, **recipe.network)
     family.weights(model).train().requires_grad_(True)
     shape, seeds = image_shape(family, network), torch.arange(BATCH)

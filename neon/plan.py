@@ -15,7 +15,9 @@ from neon.gmo import modification
 from neon.sampling import parse_seeds
 from neon.search import parse_grid
 
-STAGES = ("fetch", "reference", "released", "generate", "selftrain", "search", "final", "samples")
+STAGES = (
+    *("fetch", "reference", "released", "train", "generate", "selftrain", "search", "final", "evaluate", "samples"),
+)
 RECIPE = ("generate", "selftrain", "search", "final", "samples")  # of one model, after what is downloaded
 EVALUATIONS = 12  # of a surface, if nothing says how many
 ROLES = 3  # that a final evaluation compares: base, self-trained model, Neon
@@ -373,8 +375,11 @@ def summed(rows: Sequence[Row], device: Device, gpus: int = 1) -> dict:
     }
 
 
-def as_json(rows: Sequence[Row], device: Device, gpus: int = 1) -> dict:
-    """Everything, JSON values; counts, bytes and hours are upper bounds where ASSUMPTIONS say 'at most'."""
+def as_json(rows: Sequence[Row], device: Device, gpus: int = 1, more: Sequence[str] = ()) -> dict:
+    """Everything, JSON values; counts, bytes and hours are upper bounds where ASSUMPTIONS say 'at most'.
+
+    more: further assumptions.
+    """
     stages = {stage: [row for row in rows if row.stage == stage] for stage in STAGES}
     search = stages["search"]
     return {
@@ -392,7 +397,7 @@ def as_json(rows: Sequence[Row], device: Device, gpus: int = 1) -> dict:
             | summed([row], device, gpus)
             for row in rows
         ],
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": [*ASSUMPTIONS, *more],
     }
 
 
@@ -427,7 +432,7 @@ def table(rows: Sequence[Row], device: Device) -> list[list[str]]:
     return [*lines, cells("total", "", rows, device)]
 
 
-def text(rows: Sequence[Row], device: Device, gpus: int = 1) -> str:
+def text(rows: Sequence[Row], device: Device, gpus: int = 1, more: Sequence[str] = ()) -> str:
     """The table and what it assumes, for a terminal."""
     lines = table(rows, device)
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -437,7 +442,7 @@ def text(rows: Sequence[Row], device: Device, gpus: int = 1) -> str:
         )
         for line in lines
     )
-    total = as_json(rows, device, gpus)
+    total = as_json(rows, device, gpus, more)
     return "\n".join(
         [
             *(line.rstrip() for line in aligned),
@@ -445,7 +450,7 @@ def text(rows: Sequence[Row], device: Device, gpus: int = 1) -> str:
             f"search: at most {total['search_evaluations']:,} evaluations, {total['search_images']:,} images",
             f"time: {total['gpu_hours']:,.1f} hours of {describe(device)}; {total['hours']:,.1f} on {gpus} at once",
             f"disk: at most {total['disk_bytes'] / 1e9:,.1f} GB; DVC's copies are {total['dvc_copy_bytes'] / 1e9:,.1f}",
-            *(f"- {line}" for line in ASSUMPTIONS),
+            *(f"- {line}" for line in total["assumptions"]),
         ]
     )
 

@@ -4,17 +4,19 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from neon.cli.plan import plan_of
 from neon.cost import device
 from neon.family import FAMILIES, Family, Preset, Recipe, get_family
 from neon.fetch import LICENSE, TABLE, read_table
 from neon.files import atomic
-from neon.plan import ASSUMPTIONS, RECIPE, Row, describe, plan, summed
+from neon.plan import ASSUMPTIONS, RECIPE, Row, cells, describe, plan, summed
 from neon.plan import table as costs
 
 ROOT = Path(__file__).parent.parent
 RELEASED = "https://huggingface.co/sinaalemohammad/Neon/resolve/main"
 DATA = {"cifar10": "CIFAR-10", "ffhq64": "FFHQ-64", "imagenet256": "ImageNet-256", "imagenet512": "ImageNet-512"}
 DEVICE, MODEL = "A100", "var_d16"  # of the table of costs, and whose recipe the README names
+PIPELINES = ("ablations", "controls", "rivals")  # in paper/, each a pipeline of its own
 BEGIN, END = "<!-- presets:begin -->\n", "<!-- presets:end -->"
 
 
@@ -115,6 +117,20 @@ def cost_line(rows: Sequence[Row]) -> str:
     )
 
 
+def pipeline_table(rows: Mapping[str, Sequence[Row]]) -> str:
+    """Markdown: what the stages of each pipeline cost together, α of GMO and its control in one line."""
+    where, lines = device(DEVICE), []
+    for pipeline, found in rows.items():
+        groups: dict[str, list[Row]] = {}
+        for row in found:
+            groups.setdefault(re.sub("-.*", "-*", row.name), []).append(row)
+        lines += [cells(pipeline, f"`{name}`", part, where) for name, part in groups.items()]
+        lines.append([f"**{cell}**" if cell else "" for cell in cells(pipeline, "all", found, where)])
+    titles = ["pipeline", "stages", "evaluations", "images", "PFLOP", "GPU hours", "GB of disk"]
+    lines = [line[:4] + line[6:] for line in lines]  # an image costs another amount in every command
+    return "".join(f"| {' | '.join(line)} |\n" for line in [titles, ["---", "---", *["--:"] * 5], *lines])
+
+
 def licenses() -> str:
     """Markdown: who publishes the files of downloads.csv, and under which licence; one line for files that agree."""
     groups: dict[tuple[str, str], list[str]] = {}
@@ -161,6 +177,11 @@ def planned(rows: Sequence[Row] | None = None) -> dict[Path, str]:
     return {ROOT / "docs" / "pipeline.md": cost_table(rows), ROOT / "README.md": cost_line(rows)}
 
 
+def pipelines() -> dict[str, list[Row]]:
+    """Pipeline → its rows."""
+    return {name: plan_of(ROOT / "paper" / name)[0] for name in PIPELINES}
+
+
 def fill(path: Path, table: str, name: str = "presets") -> None:
     text = filled(path.read_text(), table, name)
     with atomic(path) as partial:
@@ -174,3 +195,4 @@ if __name__ == "__main__":
         fill(path, text, "licenses")
     for path, text in planned().items():
         fill(path, text, "plan")
+    fill(ROOT / "docs" / "pipeline.md", pipeline_table(pipelines()), "pipelines")

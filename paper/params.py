@@ -1,4 +1,4 @@
-"""Write what follows from the presets into params.yaml, of the root and of paper/ablations: `python -m paper.params`.
+"""Write what follows from the presets into params.yaml, of the root and of the folders here: `python -m paper.params`.
 
 The part above the marker is written by hand and stays.
 """
@@ -31,6 +31,16 @@ POINTS = """\
 """
 ABLATIONS = """\
 # The models that the ablations vary. `made_with`: the usual sampling of S; `sampling`, `values`: of evaluations.
+"""
+CONTROLS = """\
+# The models that have controls. `sampling`, `values`: of evaluations.
+"""
+GUIDED = """\
+# The points whose sampler a second network can guide; S and θ_s are those of the main pipeline.
+"""
+GMO = """\
+# Every S by GMO, then θ_s, w and FID. `made_with`: the sampling of S; `change`: what GMO does to it; `sampling`,
+# `values`: of evaluations.
 """
 RELEASED = """\
 # The released checkpoints, with the options behind the paper's number; _readme: with those of the released README,
@@ -134,18 +144,77 @@ def files(rows: Mapping[str, tuple[str, Preset]], references: Mapping[str, Mappi
     return named | {f"stats_{name}": reference["statistics"] for name, reference in references.items()}
 
 
-def ablations(rows: Mapping[str, tuple[str, Preset]]) -> dict[str, dict]:
+def like(name: str) -> dict[str, object]:
+    """What pipelines of their own need of a point and of its model. `made_with`: the usual sampling of S."""
+    rows = presets()
+    model, point = models(rows)[model_of(name, rows[name][1])], points(rows)[name]
+    return {
+        **{key: model[key] for key in ("base", "decoder", "batch_size", "synthetic", "compute")},
+        "made_with": model["sampling"],
+        **{key: model[key] for key in ("recipe", "train")},
+        **{key: point[key] for key in ("sampling", "values")},
+    }
+
+
+def ablations() -> dict[str, dict]:
     """What the ablations need of their models."""
     needed = {"edm_uncond": "edm_cifar10_uncond", "edm_cond": "edm_cifar10_cond", "var": "var_d16"}
-    model, point = models(rows), points(rows)
+    return {own: like(name) for own, name in needed.items()}
+
+
+CONTROLLED = ("edm_cifar10_cond", "flow_cifar10")  # points with controls
+
+
+def controls() -> dict[str, dict]:
+    point = points(presets())
+    return {name: {key: point[name][key] for key in ("family", "reference")} | like(name) for name in CONTROLLED}
+
+
+def guided() -> dict[str, dict]:
+    """The points whose sampler a second network can guide."""
+    rows = presets()
+    shared = ("family", "reference", "batch_size", "base", "decoder", "model", "sampling", "values")
     return {
-        own: {
-            **{key: model[name][key] for key in ("base", "decoder", "batch_size", "synthetic", "compute")},
-            "made_with": model[name]["sampling"],
-            **{key: model[name][key] for key in ("recipe", "train")},
-            **{key: point[name][key] for key in ("sampling", "values")},
-        }
-        for own, name in needed.items()
+        name: {key: point[key] for key in shared}
+        for name, point in points(rows).items()
+        if get_family(point["family"]).guidable
+    }
+
+
+# S by GMO: setting → the point, and its sampling with few steps, of S and of evaluations.
+FEW_STEPS = {
+    "imm_t1": ("imm_t1", {"num_steps": 1}),
+    "imm_t2": ("imm_t2", {"num_steps": 2}),
+    "imm_t4": ("imm_t4", {"num_steps": 4}),
+    "edm_euler10": ("edm_cifar10_cond", {"solver": "euler", "num_steps": 10}),
+    "flow_euler4": ("flow_cifar10", {"solver": "euler", "num_steps": 4}),
+}
+CHANGES = {
+    "gmo0": {},
+    **{f"gmo{alpha}": {"gmo": alpha} for alpha in (0.05, 0.1, 0.2)},
+    "noise0.1": {"gmo": 0.1, "gmo_control": "noise"},
+}
+CHANGED_IMAGES = "0-29999"  # the seeds of S there
+
+
+def modified() -> dict[str, dict]:
+    """Every S by GMO, its controls, and what is made of it."""
+    return {
+        f"{setting}-{change}": modified_as(name, few, options)
+        for setting, (name, few) in FEW_STEPS.items()
+        for change, options in CHANGES.items()
+    }
+
+
+def modified_as(name: str, few: Mapping, change: Mapping) -> dict[str, object]:
+    point, whole = points(presets())[name], like(name)
+    return {
+        **{key: point[key] for key in ("family", "reference")},
+        **whole,
+        "synthetic": CHANGED_IMAGES,
+        "made_with": {**whole["made_with"], **few},
+        "sampling": {**whole["sampling"], **few},
+        "change": dict(change),
     }
 
 
@@ -177,7 +246,17 @@ def of_paper(head: str) -> str:
 
 def of_ablations(head: str) -> str:
     """The section `like`."""
-    return section(ABLATIONS, "like", ablations(presets()))
+    return section(ABLATIONS, "like", ablations())
+
+
+def of_controls(head: str) -> str:
+    """The section `like`."""
+    return section(CONTROLS, "like", controls())
+
+
+def of_rivals(head: str) -> str:
+    """The sections guided and gmo."""
+    return section(GUIDED, "guided", guided()) + section(GMO, "gmo", modified())
 
 
 def filled(text: str, generated: Callable[[str], str] = of_paper) -> str:
@@ -188,7 +267,12 @@ def filled(text: str, generated: Callable[[str], str] = of_paper) -> str:
     return head + marker + generated(head)
 
 
-FILES = {ROOT / "params.yaml": of_paper, ROOT / "paper" / "ablations" / "params.yaml": of_ablations}
+FILES = {
+    ROOT / "params.yaml": of_paper,
+    ROOT / "paper" / "ablations" / "params.yaml": of_ablations,
+    ROOT / "paper" / "controls" / "params.yaml": of_controls,
+    ROOT / "paper" / "rivals" / "params.yaml": of_rivals,
+}
 
 
 def main() -> None:

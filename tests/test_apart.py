@@ -66,15 +66,17 @@ def test_the_two_references_are_of_different_digits(tmp_path):
     assert not set(train) & set(heldout)
 
 
-def params() -> dict:
-    return yaml.safe_load((ROOT / "params.yaml").read_text())
+def params(folder: str = "") -> dict:
+    return yaml.safe_load((ROOT / f"{folder}params.yaml").read_text())
 
 
 def of_the_paper() -> dict[str, set[int]]:
     """Seeds of the search, of the report and of every S at paper scale."""
-    found, ablations = params(), yaml.safe_load((ROOT / "paper/ablations/params.yaml").read_text())
+    found = params()
+    others = [item for name in ("ablations", "controls") for item in params(f"paper/{name}/")["like"].values()]
+    others += params("paper/rivals/")["gmo"].values()
     sets = {"search": found["seeds"]["search"], "final": f"{found['seeds']['final']} {found['seeds']['more']}"}
-    sets["S"] = " ".join(item["synthetic"] for item in (*found["models"].values(), *ablations["like"].values()))
+    sets["S"] = " ".join(item["synthetic"] for item in (*found["models"].values(), *others))
     return {name: set().union(*(parse_seeds(part).tolist() for part in text.split())) for name, text in sets.items()}
 
 
@@ -84,7 +86,10 @@ def test_images_of_S_of_the_search_and_of_the_report_are_others_at_paper_scale()
     assert overlaps(sets) == set()
 
 
-@pytest.mark.parametrize("pipeline", ["dvc.yaml", "paper/ablations/dvc.yaml"])
+PIPELINES = ["dvc.yaml", *(f"paper/{name}/dvc.yaml" for name in ("ablations", "controls", "rivals"))]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
 def test_every_search_and_report_of_the_paper_takes_these_seeds(pipeline):
     text = re.sub(r"\s+", " ", (ROOT / pipeline).read_text())
     commands = re.findall(r"neon\.cli (search|final) (.*?) --out ", text)

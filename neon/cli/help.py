@@ -57,7 +57,7 @@ EXAMPLES = {
         f"neon search --family edm {BASE} {TRAINED} -w -1,0,1 --grid num_steps=9,18 \\\n"
         f"      --seeds 100000-109999 {REF} --out search.jsonl",
     ],
-    "plan": ["neon plan --device H100 --gpus 8", "neon plan --json"],
+    "plan": ["neon plan --device H100 --gpus 8", "neon plan --json", "neon plan --pipeline paper/controls"],
     "compare": [
         "neon compare final.jsonl:neon final.jsonl:base --ref fid_stats/cifar10-32x32.npz",
         "neon compare mine.json theirs.json --ref fid_stats/cifar10-32x32.npz",
@@ -100,7 +100,7 @@ LOG = (
 )
 MORE = {"train": LOG, "selftrain": LOG}
 PATHS = ("base", "selftrained", "data", "out", "ref", "model", "file", "other", "search", "final", "images")
-PATHS += ("statistics", "tensorboard", "real", "synthetic")
+PATHS += ("statistics", "tensorboard", "real", "synthetic", "pipeline")
 
 
 class Parser(argparse.ArgumentParser):
