@@ -57,7 +57,17 @@ def fuzz(
 
     The same seed and number give the same file: `mutated`.
     """
-    seeds, numbers, report = list(seeds), list(numbers), Report()
+    numbers, report = list(numbers), Report()
+    work = reading(read, list(seeds), suffix, seed)
+    for number, (kind, text) in zip(numbers, outcomes(work, numbers)):
+        report.counts[kind] += 1
+        if kind not in FINE:
+            report.found.append((kind, text, number))
+    return report
+
+
+def reading(read: Callable[[Path], object], seeds: Sequence[bytes], suffix: str, seed: int) -> Callable[[int], None]:
+    """For outcomes: writes the mutated file of a number into the current folder, reads and removes it."""
 
     def work(number: int) -> None:
         file = Path.cwd() / f"mutated{suffix}"
@@ -67,11 +77,7 @@ def fuzz(
         finally:
             file.unlink()
 
-    for number, (kind, text) in zip(numbers, outcomes(work, numbers)):
-        report.counts[kind] += 1
-        if kind not in FINE:
-            report.found.append((kind, text, number))
-    return report
+    return work
 
 
 def mutated(seeds: Sequence[bytes], seed: int, number: int) -> bytes:
