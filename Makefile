@@ -60,7 +60,7 @@ test: setup
 
 # Hostile files and mutated ones, for up to an hour; resumes when it was interrupted. The table of docs/reliability.md.
 campaign: setup
-	python -m tests.hostile --out docs/reliability.md
+	python tests/hostile --out docs/reliability.md
 
 lint: setup
 	ruff check

@@ -1,9 +1,10 @@
-"""python -m tests.hostile: the campaign. A package's __main__ is not imported again by the processes it starts."""
+"""python tests/hostile: the campaign. Not `-m tests.hostile`: packages of others bring a `tests`, too."""
 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "golden")]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(TESTS), str(TESTS / "golden"), str(TESTS.parent)]  # in place of this folder
 
 from hostile.campaign import main  # noqa: E402
 

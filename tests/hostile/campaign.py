@@ -1,8 +1,8 @@
 """The campaign: every part of tests/hostile many times over, and one table of what came out.
 
 make campaign                          # the whole: a million mutated files
-python -m tests.hostile --fuzz 20000   # a short one
-python -m tests.hostile --only fuzz/torch        # one part; --case N repeats one of its cases alone
+python tests/hostile --fuzz 20000   # a short one
+python tests/hostile --only fuzz/torch        # one part; --case N repeats one of its cases alone
 """
 
 import argparse
@@ -95,8 +95,8 @@ def _tried(part: Part, numbers: range) -> tuple[Counter, list]:
 
 
 def table(parts: Sequence[Part], record: Record) -> str:
-    """In Markdown, with a last row of sums."""
-    rows = [(part.name, record.row(part)) for part in parts]
+    """In Markdown, of the parts that were begun, with a last row of sums."""
+    rows = [(part.name, record.row(part)) for part in parts if record.done(part)]
     rows.append(("all", sum((counts for _, counts in rows), Counter())))
     lines = [("part", *COLUMNS), ("---", *["--:"] * len(COLUMNS))]
     lines += [(name, *(f"{counts[column]:,}" for column in COLUMNS)) for name, counts in rows]
@@ -179,17 +179,20 @@ def main() -> None:
             found = campaign(every, record, began + 60 * args.minutes)
         except KeyboardInterrupt:
             sys.exit(f"interrupted; the same command resumes from {args.record}")
-    text = f"{_said(args, (time.monotonic() - began) / 60)}\n\n{table(every, record)}"
+    unfinished = [part.name for part in every if record.done(part) < part.count]
+    text = f"{_said(args, (time.monotonic() - began) / 60)}"
+    text += f" **Not finished**: {len(unfinished)} of {len(every)} parts." if unfinished else ""
+    text += f"\n\n{table(every, record)}"
     print(text)
     if args.out:
         put(text, args.out)
-    if unfinished := [part.name for part in every if record.done(part) < part.count]:
+    if unfinished:
         print(f"not finished in {args.minutes:g} minutes: {', '.join(unfinished)}", file=sys.stderr)
     sys.exit(bool(found or unfinished))
 
 
 def _parse():
-    parser = argparse.ArgumentParser(prog="python -m tests.hostile", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python tests/hostile", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of mutations")
     parser.add_argument("--fuzz", type=int, default=1_000_000, help="mutated files, over all readers")
     parser.add_argument("--minutes", type=float, default=60, help="after which no more cases are begun")
@@ -211,7 +214,7 @@ def _code() -> str:
 
 
 def _said(args, minutes: float) -> str:
-    command = f"python -m tests.hostile --seed {args.seed} --fuzz {args.fuzz}"
+    command = f"python tests/hostile --seed {args.seed} --fuzz {args.fuzz}"
     command += f" --only {' '.join(args.only)}" if args.only else ""
     machine = f"{os.cpu_count()} cores of {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
     return f"`{command}`, {time.strftime('%Y-%m-%d')}, {minutes:.0f} minutes on {machine}."
