@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PATH := $(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::UserWarning:multiprocessing.resource_tracker
 
-.PHONY: setup demo mini mini-ablations mini-methods mini-controls mini-rivals claims test lint format lock clean
+.PHONY: setup demo mini mini-ablations mini-methods mini-controls mini-rivals claims test campaign lint format lock clean
 
 setup: .venv/installed
 
@@ -57,6 +57,10 @@ claims: setup
 
 test: setup
 	pytest
+
+# Hostile files and mutated ones, for up to an hour; resumes when it was interrupted. The table of docs/reliability.md.
+campaign: setup
+	python tests/hostile --out docs/reliability.md
 
 lint: setup
 	ruff check

@@ -176,11 +176,14 @@ def _saved(value) -> bytes:
     return buffer.getvalue()
 
 
+EXECUTED = "neon-was-executed"  # the file that a Program writes, in the current folder
+
+
 class Program:
     """Executed by pickle.load; no reader may do it."""
 
     def __reduce__(self):
-        return os.system, ("touch /tmp/neon-was-executed",)
+        return os.system, (f"touch {EXECUTED}",)
 
 
 def flagged(data: bytes, name: str, flags: int = 0, method: int | None = None, size: int | None = None) -> bytes:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +19,18 @@ class Reader:
     name: str
     suffix: str
     read: Callable[[Path], object]
-    seeds: Callable[[], list[bytes]]
+    seeds: Callable[[], list[bytes]]  # read without complaint
+    programs: Callable[[], list[bytes]] = list  # refused: they would write files.EXECUTED
 
 
 def readers() -> list[Reader]:
     return [
         Reader("safetensors", ".safetensors", _weights, _safetensors),
-        Reader(
-            "torch", ".pth", _weights, lambda: [files._saved(_state()), files._saved({"model": _state(), "epoch": 3})]
-        ),
-        Reader("torch, old format", ".pt", _weights, _old_format),
-        Reader("pickle", ".pkl", _weights, _pickles),
-        Reader("index", ".index.json", _weights, lambda: [b'{"metadata": {}, "weight_map": {"a": "a.safetensors"}}']),
-        Reader("reference", ".npz", _reference, _statistics),
+        Reader("torch", ".pth", _weights, _torch_files, lambda: [files._saved({"a": files.Program()})]),
+        Reader("torch, old format", ".pt", _weights, lambda: [_old(_state())], lambda: [_old({"a": files.Program()})]),
+        Reader("pickle", ".pkl", _weights, _pickles, lambda: [pickle.dumps({"ema": files.Program()}, 4)]),
+        Reader("index", ".index.json", _index, _indexes),
+        Reader("reference", ".npz", _reference, _statistics, _objects),
         Reader("kept features", ".npz", _kept, _features),
         Reader("images in a zip", ".zip", _images, _image_zips),
         Reader("parquet", ".parquet", _images, _parquet),
@@ -39,7 +39,7 @@ def readers() -> list[Reader]:
         Reader("a notebook", ".ipynb", _page, _notebooks),
         Reader("downloads", ".csv", _table, _downloads),
         Reader("a curve", ".csv", _curve, lambda: [b"w,fid,budget\n0,1.5,0\n1,1.25,64\n"]),
-        Reader("params", ".yaml", _params, lambda: [b"models:\n  a: {family: edm, seeds: 0-9}\nsearch: {w: 0:3}\n"]),
+        Reader("params", ".yaml", _params, lambda: [PARAMS]),
         Reader("a digits extractor", ".safetensors", _digits, _extractors),
         Reader("an EDM network", ".safetensors", _edm, _networks),
     ]
@@ -64,10 +64,28 @@ def _safetensors() -> list[bytes]:
     return [save(_state(), {"format": "pt"}), save(_state())]
 
 
-def _old_format() -> list[bytes]:
+def _torch_files() -> list[bytes]:
+    return [files._saved(_state()), files._saved({"model": _state(), "epoch": 3})]
+
+
+def _old(state) -> bytes:
     buffer = io.BytesIO()
-    torch.save(_state(), buffer, _use_new_zipfile_serialization=False)
-    return [buffer.getvalue()]
+    torch.save(state, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+def _index(path):
+    """With its shard next to it."""
+    shard = path.with_name("a.safetensors")
+    shard.write_bytes(_safetensors()[0])
+    try:
+        _weights(path)
+    finally:
+        shard.unlink()
+
+
+def _indexes() -> list[bytes]:
+    return [json.dumps({"metadata": {}, "weight_map": dict.fromkeys(_state(), "a.safetensors")}).encode()]
 
 
 def _pickles() -> list[bytes]:
@@ -89,6 +107,10 @@ def _reference(path):
 
 def _statistics() -> list[bytes]:
     return [files.npz(mu=np.zeros(4), sigma=np.eye(4), features=np.zeros((5, 4), "f4"))]
+
+
+def _objects() -> list[bytes]:
+    return [files.npz(mu=np.array([files.Program()] * 4, object), sigma=np.eye(4))]
 
 
 def _kept(path):
@@ -167,6 +189,12 @@ def _curve(path):
     from report.metrics import curve, read_csv
 
     curve(read_csv(path, ["w", "fid"]))
+
+
+PARAMS = b"""seeds: {selftrain: 0}
+models:
+  a: {family: edm, base: a, recipe: digits, synthetic: 0-9, train: {batch: 8, budget: 64}}
+"""
 
 
 def _params(path):

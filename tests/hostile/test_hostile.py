@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from processes import words
 
-from hostile.files import READ, cases
+from hostile.files import EXECUTED, READ, cases
 from neon.cli import command_line, main
 
 CASES = list(cases())
@@ -83,7 +83,7 @@ def test_it_is_refused_in_one_line(case, mini, tmp_path, monkeypatch):
     assert "error:" in lines[-1] and (len(lines) == 1 or lines[0].startswith("usage:")), said
     assert sum("error" in line for line in lines) == 1 and "Traceback" not in said
     assert below(tmp_path) == before
-    assert not Path("/tmp/neon-was-executed").exists()
+    assert not Path(EXECUTED).exists()
 
 
 def test_ids_and_number_of_cases():

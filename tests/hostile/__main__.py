@@ -1,0 +1,11 @@
+"""python tests/hostile: the campaign. Not `-m tests.hostile`: packages of others bring a `tests`, too."""
+
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(TESTS), str(TESTS / "golden"), str(TESTS.parent)]  # in place of this folder
+
+from hostile.campaign import main  # noqa: E402
+
+main()
