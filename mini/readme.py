@@ -31,8 +31,16 @@ def tables() -> dict[str, str]:
         "steps": markdown(compared(pd.read_csv(RESULTS / "final.csv"), PAIRS, titles)),
         "sources": (RESULTS / "ablations/cross/table.md").read_text(),
         "methods": (RESULTS / "methods.md").read_text() if (RESULTS / "methods.md").exists() else "",
+        "fashion": fashion(ROOT / "results/fashion"),
         **documents(ROOT / "results"),
     }
+
+
+def fashion(folder: Path) -> str:
+    """The tables of Fashion-MNIST that are there."""
+    names = ["table.md", "levels.md", *(f"spaces/{path.name}/spaces.md" for path in sorted(folder.glob("spaces/*")))]
+    found = [(folder / name).read_text() for name in names if (folder / name).exists()]
+    return "\n".join(found) or "Not measured yet.\n"
 
 
 def filled(text: str, tables: dict[str, str]) -> str:
@@ -43,7 +51,7 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-PAGES = ("mini", "choosing-w", "claims", "where-it-fails", "diagnose", "rivals", "gmo")
+PAGES = ("mini", "choosing-w", "claims", "where-it-fails", "diagnose", "rivals", "gmo", "fashion")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in PAGES))
 
 if __name__ == "__main__":
