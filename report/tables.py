@@ -256,7 +256,7 @@ def final_table(final: pd.DataFrame, titles: Mapping[str, str] | None = None, gu
     """For reading, a line per setting: FIDs and gain, mean ± half of the 95 % interval; other metrics of base → Neon.
 
     Precision and recall have a column, those of MORE where some row holds them: means over seeds, empty where a setting
-    lacks them. FID has the name of its features, if the rows say these. w* as `chosen` writes it; gain is paired within a
+    lacks them. FID is named by its features, if the rows say these. w* as `chosen` writes it; gain is paired within a
     seed; one seed has no interval. guidance: with the γ that the seeds chose for base and Neon. Raises NeonError as
     `summarise`.
     """

@@ -1,6 +1,6 @@
 """How good are the bases? Their distance to the test images next to that of training images and of class means.
 
-python -m fashion.report --results ../results/fashion    # in fashion/: levels.csv and levels.md, from final.csv
+python -m fashion.levels --results ../results/fashion    # in fashion/: levels.csv and levels.md, from final.csv
 """
 
 import argparse
