@@ -4,7 +4,8 @@ PYTHON ?= python3
 export PATH := $(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::UserWarning:multiprocessing.resource_tracker
 
-.PHONY: setup demo mini mini-ablations mini-methods mini-controls mini-rivals claims test campaign lint format lock clean
+.PHONY: setup demo mini mini-ablations mini-methods mini-controls mini-rivals fashion fashion-spaces claims test campaign
+.PHONY: lint format lock clean
 
 setup: .venv/installed
 
@@ -49,11 +50,26 @@ mini-rivals: setup
 # The notebook of both and the page, from all results that are there.
 BESIDE = cd mini && dvc repro --single-item --force controls page
 
+# Fashion-MNIST, a family after the other, with the tables and notebooks after each: results/fashion. Hours on two cores;
+# docs/fashion.md says how to start it for one family, and on a GPU.
+FAMILIES := edm flow var imm
+fashion: setup
+	@cd fashion && dvc repro plan baselines && for family in $(FAMILIES); do \
+	dvc repro final@$$family && dvc repro --single-item --force report || exit 1; done
+	@python -m mini.readme
+	@cat results/fashion/table.md results/fashion/levels.md
+
+# Do the two feature spaces agree? After `make fashion`.
+fashion-spaces: setup
+	@cd fashion && for family in $(FAMILIES); do dvc repro spaces@$$family || exit 1; done
+	@python -m mini.readme
+	@cat results/fashion/spaces/*/spaces.md
+
 # The verdict on each claim of the paper, from the results as they are; also into README.md and docs.
 claims: setup
 	@cd mini && dvc repro --single-item claims
 	@python -m mini.readme
-	@python -m report.claims results/mini results/paper
+	@python -m report.claims results/mini $(wildcard results/fashion) results/paper
 
 test: setup
 	pytest

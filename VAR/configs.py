@@ -63,6 +63,35 @@ CONFIGS = {
         multipliers=(1, 2),
         groups=4,
     ),
+    # 28×28 grey clothes
+    "fashion": Config(
+        (1, 2, 4, 7),
+        depth=4,
+        width=128,
+        heads=4,
+        classes=10,
+        drop_path=0.1,
+        vocab=256,
+        code_channels=8,
+        image_channels=1,
+        channels=16,
+        multipliers=(1, 2, 2),
+        groups=4,
+    ),
+    "fashion_gpu": Config(
+        (1, 2, 3, 5, 7),
+        depth=8,
+        width=384,
+        heads=6,
+        classes=10,
+        drop_path=0.1,
+        vocab=1024,
+        code_channels=8,
+        image_channels=1,
+        channels=32,
+        multipliers=(1, 2, 4),
+        groups=8,
+    ),
     # 64×64 images, for tests
     "tiny": Config((1, 2, 3, 4), 3, 64, 4, classes=10, label_drop=0.0, vocab=64, code_channels=8, channels=32),
 }
@@ -77,6 +106,9 @@ FINETUNE = {
     "tf32": True,
     "loss": {"enlarge": 1.125},
 }
+
+TUNED = {"optimizer": "adamw", "betas": (0.9, 0.95), "clip": 2.0}
+CLOTHES = {**TUNED, "anneal": "linear", "weight_decay": 0.05}
 
 RECIPES = {
     "d16_256": Recipe(**FINETUNE, batch=768, lr=1e-5, budget=7_500_000, snapshot=250_000, ramp=7_500_000),
@@ -103,6 +135,10 @@ RECIPES = {
         betas=(0.9, 0.95),
         clip=2.0,
     ),
+    "fashion_base": Recipe(**CLOTHES, batch=64, lr=1e-3, budget=150_016, snapshot=150_016, ramp=12_800),
+    "fashion": Recipe(**TUNED, batch=64, lr=5e-5, budget=12_800, snapshot=6_400, ramp=6_400),
+    "fashion_gpu_base": Recipe(**CLOTHES, batch=256, lr=5e-4, budget=4_000_000, snapshot=4_000_000, ramp=200_000),
+    "fashion_gpu": Recipe(**TUNED, batch=256, lr=2e-5, budget=102_400, snapshot=25_600, ramp=25_600),
 }
 
 # The released generator of S uses no autocast, its evaluation does.

@@ -1,4 +1,4 @@
-"""Named networks, recipes and presets: paper size, and mini size for 8×8 grey digits."""
+"""Named networks, recipes and presets: paper size, 28×28 clothes, and mini size for 8×8 grey digits."""
 
 from neon.family import Preset, Recipe
 
@@ -38,6 +38,18 @@ NETWORKS = {
         "attn_resolutions": [],
         "augment_dim": 0,
         "dropout": 0.0,
+    },
+}
+CLOTHES = {**NETWORKS["digits"], "img_resolution": 28, "channel_mult": [1, 2, 2]}
+NETWORKS |= {
+    "fashion": {**CLOTHES, "channel_mult_emb": 4},
+    "fashion_gpu": {
+        **CLOTHES,
+        "model_channels": 64,
+        "channel_mult_emb": 4,
+        "num_blocks": 2,
+        "attn_resolutions": [14],
+        "dropout": 0.1,
     },
 }
 
@@ -93,6 +105,28 @@ RECIPES = {
         betas=(0.9, 0.99),
         ema_decay=0.99,
     ),
+    "fashion_base": Recipe(
+        batch=64,
+        lr=4e-3,
+        budget=200_000,
+        snapshot=200_000,
+        ramp=12_800,
+        anneal="linear",
+        betas=(0.9, 0.99),
+        ema_decay=0.998,
+    ),
+    "fashion": Recipe(batch=64, lr=5e-5, budget=12_800, snapshot=6_400, betas=(0.9, 0.99), ema_decay=0.99),
+    "fashion_gpu_base": Recipe(
+        batch=256,
+        lr=1e-3,
+        budget=4_000_000,
+        snapshot=4_000_000,
+        ramp=100_000,
+        anneal="linear",
+        ema_decay=0.9995,
+        network={"dropout": 0.1},
+    ),
+    "fashion_gpu": Recipe(batch=256, lr=5e-5, budget=102_400, snapshot=25_600, ema_decay=0.99),
 }
 
 # fmt: off

@@ -1,4 +1,4 @@
-"""Named networks, recipes and presets: paper size, and mini size for 8×8 grey digits."""
+"""Named networks, recipes and presets: paper size, 28×28 clothes, and mini size for 8×8 grey digits."""
 
 from neon.family import Preset, Recipe
 
@@ -18,6 +18,21 @@ NETWORKS = {
         "num_channels": 16,
         "num_res_blocks": 1,
         "channel_mult": [1, 1],
+        "num_classes": 10,
+    },
+    "fashion": {
+        "dim": [1, 28, 28],
+        "num_channels": 16,
+        "num_res_blocks": 1,
+        "channel_mult": [1, 2, 2],
+        "num_classes": 10,
+    },
+    "fashion_gpu": {
+        "dim": [1, 28, 28],
+        "num_channels": 64,
+        "num_res_blocks": 2,
+        "channel_mult": [1, 2, 2],
+        "attention_resolutions": [14],
         "num_classes": 10,
     },
 }
@@ -53,6 +68,21 @@ RECIPES = {
         betas=(0.9, 0.99),
         ema_decay=0.99,
     ),
+    "fashion_base": Recipe(
+        batch=64,
+        lr=2e-3,
+        budget=200_000,
+        snapshot=200_000,
+        ramp=12_800,
+        anneal="linear",
+        betas=(0.9, 0.99),
+        ema_decay=0.998,
+    ),
+    "fashion": Recipe(batch=64, lr=5e-5, budget=12_800, snapshot=6_400, betas=(0.9, 0.99), ema_decay=0.99),
+    "fashion_gpu_base": Recipe(
+        batch=256, lr=1e-3, budget=4_000_000, snapshot=4_000_000, ramp=100_000, anneal="linear", ema_decay=0.9995
+    ),
+    "fashion_gpu": Recipe(batch=256, lr=5e-5, budget=102_400, snapshot=25_600, ema_decay=0.99),
 }
 
 # fmt: off

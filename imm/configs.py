@@ -1,4 +1,4 @@
-"""Named networks, recipes and presets: paper size, and mini size for 8×8 grey digits, whose pixels need no VAE."""
+"""Named networks, recipes and presets: paper size, 28×28 clothes and 8×8 digits, whose grey pixels need no VAE."""
 
 from neon.family import Preset, Recipe
 
@@ -34,6 +34,11 @@ NETWORKS = {
         "time_scale": 100,
     },
 }
+CLOTHES = {**NETWORKS["digits"], "img_resolution": 28, "patch_size": 4}
+NETWORKS |= {
+    "fashion": {**CLOTHES, "hidden_size": 128, "depth": 4},
+    "fashion_gpu": {**CLOTHES, "hidden_size": 384, "depth": 8, "num_heads": 6},
+}
 
 # The jump's target lies further ahead (k) and late times count more (a) than for ImageNet, so that minutes suffice.
 DIGITS = {"batch": 64, "betas": (0.9, 0.99), "ema_decay": 0.99, "loss": {"k": 8, "a": 1}}
@@ -51,6 +56,17 @@ RECIPES = {
     ),
     "digits_base": Recipe(**DIGITS, lr=2e-3, budget=96_000, snapshot=96_000, ramp=6_400, anneal="linear"),
     "digits": Recipe(**DIGITS, lr=1e-4, budget=12_800, snapshot=3_200),
+    "fashion_base": Recipe(**DIGITS, lr=1e-3, budget=200_000, snapshot=200_000, ramp=12_800, anneal="linear"),
+    "fashion": Recipe(**DIGITS, lr=5e-5, budget=12_800, snapshot=6_400),
+    "fashion_gpu_base": Recipe(
+        **DIGITS | {"batch": 512},
+        lr=5e-4,
+        budget=8_000_000,
+        snapshot=8_000_000,
+        ramp=200_000,
+        anneal="linear",
+    ),
+    "fashion_gpu": Recipe(**DIGITS | {"batch": 512}, lr=2e-5, budget=102_400, snapshot=25_600),
 }
 
 # fmt: off

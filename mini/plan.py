@@ -3,6 +3,7 @@
     python -m mini.plan --out runs/plan    # runs/plan/generate/demo.sh, …: one command a line
 
 The stages of dvc.yaml depend on these files: a stage runs again where its commands have changed, and only there.
+fashion/ has settings of its own; a module with the same names as settings.py is called a scale here.
 """
 
 import argparse
@@ -10,24 +11,13 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import yaml
 
-from mini.settings import (
-    ABLATIONS,
-    ALL,
-    BASES,
-    BATCH,
-    CHAINS,
-    CONTROLS,
-    GMO,
-    REAL_DIGITS,
-    RIVALS,
-    Base,
-    Chain,
-    Setting,
-)
+from mini import settings
+from mini.settings import Base, Chain, Setting
 from neon.files import atomic
 from neon.sampling import parse_seeds
 
@@ -66,13 +56,13 @@ def commas(values: tuple[float, ...] | str) -> str:
     return values if isinstance(values, str) else ",".join(map(str, values))
 
 
-def train(base: Base, seed: int, out: str, **options: object) -> list[str]:
+def train(scale: ModuleType, base: Base, seed: int, out: str, **options: object) -> list[str]:
     return neon(
         "train",
         family=base.family,
-        network="digits",
-        recipe="digits_base",
-        data="runs/data/train",
+        network=scale.NETWORK,
+        recipe=f"{scale.NETWORK}_base",
+        data=scale.TRAINING,
         **base.options,
         **options,
         seed=seed,
@@ -89,6 +79,7 @@ class Run:
     name: str  # of the setting
     setting: Setting
     seed: int
+    scale: ModuleType = settings
 
     def folder(self, kind: str) -> str:
         return self.chain.folder.format(chain=self.chain_name, kind=kind)
@@ -115,7 +106,8 @@ class Run:
     def of(self, place: str) -> "Run":
         """The same seed of CHAIN/SETTING."""
         chain, _, setting = place.partition("/")
-        return Run(chain, ALL[chain], setting, ALL[chain].settings[setting], self.seed)
+        known = self.scale.ALL[chain]
+        return Run(chain, known, setting, known.settings[setting], self.seed, self.scale)
 
     def fine_tunes(self) -> list[str]:
         """What the search reads: folders with snapshots, or one snapshot."""
@@ -129,8 +121,10 @@ class Run:
 
     def base(self) -> Iterator[list[str]]:
         if self.setting.digits:
-            base = BASES[self.chain.base]
-            yield train(base, self.seed, self.path("base"), **self.chain.options, max_images=self.setting.digits)
+            base = self.scale.BASES[self.chain.base]
+            yield train(
+                self.scale, base, self.seed, self.path("base"), **self.chain.options, max_images=self.setting.digits
+            )
 
     def generate(self) -> Iterator[list[str]]:
         one = self.setting
@@ -142,7 +136,7 @@ class Run:
                 **self.setting.sampling,
                 **self.setting.synthetic,
                 seeds=self.chain.images.synthetic,
-                batch_size=BATCH,
+                batch_size=self.scale.BATCH,
                 out=self.path("S"),
             )
 
@@ -161,7 +155,7 @@ class Run:
             "selftrain",
             **self.shared(),
             base=self.model(),
-            **{"recipe": "digits", **self.setting.training},
+            **{"recipe": self.scale.NETWORK, **self.setting.training},
             data=self.data(),
             **options,
             seed=self.seed,
@@ -174,18 +168,18 @@ class Run:
         return neon("control", base=self.model(), selftrained=true, seed=self.seed, out=out)
 
     def ddo(self) -> list[str]:
-        made = {"real": REAL_DIGITS, "fake": self.data(), "seed": self.seed, "out": self.path("selftrain")}
+        made = {"real": self.scale.TRAINING, "fake": self.data(), "seed": self.seed, "out": self.path("selftrain")}
         return words("python -m mini.ddo", **self.shared(), base=self.model(), **made)
 
     def diagnose(self) -> Iterator[list[str]]:
         """Of the reported settings that have an S and a fine-tune of their own."""
-        if self.chain_name in CHAINS and not (self.setting.data or self.setting.S or self.setting.of):
+        if self.chain_name in self.scale.DIAGNOSED and not (self.setting.data or self.setting.S or self.setting.of):
             yield neon(
                 "diagnose",
                 **self.shared(),
                 base=self.model(),
-                recipe=self.setting.training.get("recipe", "digits"),
-                real="runs/data/heldout",
+                recipe=self.setting.training.get("recipe", self.scale.NETWORK),
+                real=self.scale.HELDOUT,
                 synthetic=self.data(),
                 selftrained=self.fine_tunes(),
                 seed=self.seed,
@@ -202,7 +196,7 @@ class Run:
             ranges = {name: f"{values[0]}:{values[-1]}" for name, values in grid.items()}
             where |= {"w": f"0:{w[-1]}", "grid": ranges, "first": len(parse_seeds(seeds))}
         out, tunes = self.rows("search"), self.fine_tunes()
-        yield self.measured("search", out, seeds, "train", self.setting.second, selftrained=tunes, **where)
+        yield self.measured("search", out, seeds, self.scale.TRAINING, self.setting.second, selftrained=tunes, **where)
 
     def final(self) -> Iterator[list[str]]:
         if self.chain.images.final:
@@ -213,10 +207,12 @@ class Run:
             yield self.final_of(self.rows("search"), self.rows("final-first"), False, other_features=True)
 
     def final_of(self, search: str, out: str, second: bool, **options: object) -> list[str]:
-        return self.measured("final", out, self.chain.images.final, "heldout", second, search=search, **options)
+        return self.measured(
+            "final", out, self.chain.images.final, self.scale.HELDOUT, second, search=search, **options
+        )
 
     def measured(self, command: str, out: str, seeds: str, against: str, second: bool, **points: object) -> list[str]:
-        """`neon search` or `neon final` at some points; against: the digits to measure against, train or heldout.
+        """`neon search` or `neon final` at some points; against: the real images to measure against.
 
         second: with the second features, not the first.
         """
@@ -228,38 +224,42 @@ class Run:
             **points,
             **self.setting.sampling,
             seeds=seeds,
-            batch_size=BATCH,
-            ref=f"runs/{'second' if second else 'ref'}/{against}.npz",
-            features=f"digits:runs/{'second/' if second else ''}features.safetensors",
+            batch_size=self.scale.BATCH,
+            ref=f"runs/{'second' if second else 'ref'}/{Path(against).stem}.npz",
+            features=self.scale.FEATURES[second],
             metrics=self.chain.metrics if command == "search" else self.chain.reported,
             out=out,
         )
 
     def shared(self) -> Mapping[str, object]:
         """Options of every command of the chain."""
-        return {"family": BASES[self.chain.base].family, **self.chain.options}
+        return {"family": self.scale.BASES[self.chain.base].family, **self.chain.options}
 
 
-TITLED = {"mini": CHAINS, "ablations": ABLATIONS, "controls": CONTROLS, "rivals": RIVALS, "gmo": GMO}
 STAGES = ("base", "generate", "selftrain", "diagnose", "search", "final")  # the methods of Run that give commands
 
 
-def runs(name: str, chain: Chain) -> list[Run]:
+def runs(name: str, chain: Chain, scale: ModuleType = settings) -> list[Run]:
     """Setting by setting, seed by seed."""
-    return [Run(name, chain, key, setting, seed) for key, setting in chain.settings.items() for seed in chain.seeds]
+    found = chain.settings.items()
+    return [Run(name, chain, key, setting, seed, scale) for key, setting in found for seed in chain.seeds]
 
 
-def plan() -> dict[tuple[str, str], list[Job]]:
+def plan(scale: ModuleType = settings) -> dict[tuple[str, str], list[Job]]:
     """The jobs of each stage of each chain, such as ("generate", "demo"), and ("base", of BASES)."""
     jobs = {
         ("base", name): [
-            Job("", seed, train(base, seed, f"runs/base/{name}/{seed}", **older(base))) for seed in base.seeds
+            Job("", seed, train(scale, base, seed, f"runs/base/{name}/{seed}", **older(base))) for seed in base.seeds
         ]
-        for name, base in BASES.items()
+        for name, base in scale.BASES.items()
     }
-    for name, chain in ALL.items():
+    for name, chain in scale.ALL.items():
         for stage in STAGES:
-            made = [Job(run.name, run.seed, command) for run in runs(name, chain) for command in getattr(run, stage)()]
+            made = [
+                Job(run.name, run.seed, command)
+                for run in runs(name, chain, scale)
+                for command in getattr(run, stage)()
+            ]
             if made:
                 jobs[stage, name] = made
     return jobs
@@ -285,19 +285,23 @@ def lines(jobs: list[Job]) -> str:
     return "".join(f"{shlex.join(job.command)}\n" for job in jobs)
 
 
-def write(out: Path) -> None:
-    """The commands as <stage>/<chain>.sh, the titles as <scale>.yaml with one entry, `titles`."""
+def write(out: Path, scale: ModuleType = settings) -> None:
+    """The commands as <stage>/<chain>.sh; for each name of TITLED <name>.yaml with one entry, `titles`."""
     with atomic(out) as folder:
-        for (stage, name), jobs in plan().items():
+        for (stage, name), jobs in plan(scale).items():
             path = folder / stage / f"{name}.sh"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(lines(jobs))
-        for scale, chains in TITLED.items():
+        for name, chains in scale.TITLED.items():
             text = yaml.safe_dump({"titles": titles(chains)}, sort_keys=False, allow_unicode=True)
-            (folder / f"{scale}.yaml").write_text(text)
+            (folder / f"{name}.yaml").write_text(text)
+
+
+def main(scale: ModuleType = settings) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    write(parser.parse_args().out, scale)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    write(parser.parse_args().out)
+    main()

@@ -31,6 +31,7 @@ def tables() -> dict[str, str]:
         "mini": (RESULTS / "table.md").read_text(),
         "steps": markdown(compared(pd.read_csv(RESULTS / "final.csv"), PAIRS, titles)),
         "sources": (RESULTS / "ablations/cross/table.md").read_text(),
+        "fashion": fashion(ROOT / "results/fashion"),
         **documents(ROOT / "results"),
     }
 
@@ -49,6 +50,13 @@ def next_to_neon(titles: dict[str, str]) -> dict[str, str]:
     return found
 
 
+def fashion(folder: Path) -> str:
+    """The tables of Fashion-MNIST that are there."""
+    names = ["table.md", "levels.md", *(f"spaces/{path.name}/spaces.md" for path in sorted(folder.glob("spaces/*")))]
+    found = [(folder / name).read_text() for name in names if (folder / name).exists()]
+    return "\n".join(found) or "Not measured yet.\n"
+
+
 def filled(text: str, tables: dict[str, str]) -> str:
     """The document with each table between `<!-- NAME:begin -->` and `<!-- NAME:end -->`, if it has these."""
     for name, table in tables.items():
@@ -57,7 +65,7 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-PAGES = ("mini", "choosing-w", "claims", "where-it-fails", "diagnose", "rivals", "gmo")
+PAGES = ("mini", "choosing-w", "claims", "where-it-fails", "diagnose", "rivals", "gmo", "fashion")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in PAGES))
 
 if __name__ == "__main__":

@@ -13,17 +13,21 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from types import ModuleType
 
 from tqdm import tqdm
 
+from mini import settings
 from mini.plan import STAGES, Job, lines, plan
 from neon import NeonError
 from neon.cli import command_line
 
 
-def choose(stage: str, name: str, setting: str | None = None, seed: int | None = None) -> list[Job]:
+def choose(
+    stage: str, name: str, setting: str | None = None, seed: int | None = None, scale: ModuleType = settings
+) -> list[Job]:
     """The jobs of a stage of a chain or base: all, or of one setting or seed. Raises NeonError if there are none."""
-    stages = plan()
+    stages = plan(scale)
     if (stage, name) not in stages:
         raise NeonError(f"no {stage} of {name!r}; there is {listed(key for at, key in stages if at == stage)}")
     jobs = stages[stage, name]
@@ -77,7 +81,7 @@ def side_by_side(commands: list[list[str]], title: str, jobs: int | None = None)
     return worst
 
 
-def main() -> None:
+def main(scale: ModuleType = settings) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("chain", help="a chain in settings.py; of the stage base, a base")
@@ -86,7 +90,7 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true", help="print the commands, one a line, and run none")
     parser.add_argument("--jobs", type=int, help="at a time (default: one per core, and what would be left over)")
     args = parser.parse_args()
-    chosen = choose(args.stage, args.chain, args.setting, args.seed)
+    chosen = choose(args.stage, args.chain, args.setting, args.seed, scale)
     if args.dry_run:
         print(lines(chosen), end="")
     else:

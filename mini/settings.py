@@ -14,7 +14,9 @@ TRAIN = 1200  # of 1797 digits; numbers are reported against the other 597
 TOKENIZER_STEPS = 1500  # of VAR's tokenizer
 COPIES = "40000-40999"  # seeds of the images that are compared with the training digits
 BATCH = 500  # images made at a time
-REAL_DIGITS, CORRUPTED = "runs/data/train", "runs/data/corrupted"
+TRAINING, HELDOUT, CORRUPTED = "runs/data/train", "runs/data/heldout", "runs/data/corrupted"
+NETWORK = "digits"  # in every family; its recipes are digits_base and digits
+FEATURES = ("digits:runs/features.safetensors", "digits:runs/second/features.safetensors")  # the first, the second
 SEARCH_METRICS = "fid,precision,recall"
 FINAL_METRICS = "fid,kid,precision,recall,density,coverage"
 
@@ -117,7 +119,7 @@ HEUN8 = Setting(
 REAL = Setting(
     title="EDM, real images in place of S (control)",  # no bias of a sampler to reverse
     sampling=EULER10.sampling,
-    data=REAL_DIGITS,
+    data=TRAINING,
     training=SHORT,
     w=(-1, 0, 1),
     method="grid",  # what it shows is a curve that is flat on both sides
@@ -346,7 +348,7 @@ def controls(name: str, key: str, snapshot: int) -> Chain:
     """What else the gain could come from: each replaces θ_s, all else is as it is for Neon."""
     chain, one = CHAINS[name], CHAINS[name].settings[key]
     kinds = {
-        "real": ("real images in place of S", {"data": REAL_DIGITS}),
+        "real": ("real images in place of S", {"data": TRAINING}),
         "corrupted": ("corrupted real images in place of S", {"data": CORRUPTED}),
         "random": ("a random direction", {"of": f"{name}/{key}", "random": True, "snapshot": snapshot}),
         "older": ("extrapolation of its own training", {"older": 2 * BASES[chain.base].older}),
@@ -423,4 +425,6 @@ GMO = {
     "gmo-flow": gmo("flow", "fm4"),
 }
 
+DIAGNOSED = CHAINS
 ALL = CHAINS | ABLATIONS | METHODS | CONTROLS | SPACES | RIVALS | GMO
+TITLED = {"mini": CHAINS, "ablations": ABLATIONS, "controls": CONTROLS, "rivals": RIVALS, "gmo": GMO}

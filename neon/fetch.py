@@ -1,6 +1,7 @@
 """Files from elsewhere: by URL, downloaded once, or by name from the table of all that the recipes need."""
 
 import csv
+import gzip
 import os
 import re
 import urllib.error
@@ -19,7 +20,9 @@ TABLE = "downloads.csv"
 COLUMNS = ["group", "path", "source", "size", "sha256"]
 LICENSE = "license"  # a further column that older tables lack: the hub's name of it, or NOT_STATED
 NOT_STATED = "not stated"
-GROUPS = ("released", "stats", "base", "vae")
+GROUPS = ("released", "stats", "base", "vae", "fashion")
+# Where packages of a system put files of a group, if they are installed: here Debian's dataset-fashion-mnist.
+INSTALLED = {"fashion": Path("/usr/share/datasets/fashion-mnist")}
 
 
 def local(path_or_url: str, folder: str | Path) -> Path:
@@ -52,7 +55,8 @@ def fetch(
     Of several processes one downloads, while the others wait and then find the file. source: an http(s) URL or
     hf://OWNER/REPO@REVISION/FILE. size, digest: what the new file must have, '' where unknown; the first digits of the
     sha256 are enough. Without a digest, the one that the hub announces counts. record: given the source (at the hub's
-    commit), size and sha256 found, before the file gets its name. Raises NeonError.
+    commit), size and sha256 found, before the file gets its name. A source NAME.gz of a target that is no .gz is
+    unpacked; size and digest are then of the unpacked file, and the size must be known. Raises NeonError.
     """
     if target.exists():
         return False
@@ -62,15 +66,26 @@ def fetch(
                 return False
             remote = _on_hub(source) if source.startswith("hf://") else Remote(source, source)
             new = download(remote.url, target, remote.token)
+            if source.endswith(".gz") and target.suffix != ".gz":
+                packed = new
+                try:
+                    new = unpacked(packed, target, int(size))
+                finally:
+                    packed.unlink()
             found = {"source": remote.source, **_facts(new)}
-            if problem := _differs(found, size, digest or remote.digest):
-                new.unlink()
-                raise NeonError(f"{source}: {problem}; nothing was kept")
+            _check_new(new, source, found, size, digest or remote.digest)
             record(found)
             put(new, target)
     except (OSError, ValueError, HTTPException) as error:
         raise NeonError(_offline(source, target, error)) from None
     return True
+
+
+def _check_new(new: Path, source: str | Path, found: Mapping[str, str], size: str, digest: str) -> None:
+    """Delete a new file that is not what it must be. Raises NeonError."""
+    if problem := _differs(found, size, digest):
+        new.unlink()
+        raise NeonError(f"{source}: {problem}; nothing was kept")
 
 
 def download(url: str, target: Path, token: str | None = None) -> Path:
@@ -100,6 +115,20 @@ def download(url: str, target: Path, token: str | None = None) -> Path:
                 return partial
             if size <= before:
                 raise OSError(f"got {size} of {total} bytes")
+
+
+def unpacked(packed: Path, target: Path, size: int) -> Path:
+    """Unpack a .gz into a hidden sibling of `target`, which is returned: of what it holds, at most a byte above `size`.
+
+    Raises OSError or NeonError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f".{target.name}.unpacked")
+    check_room(new, size)
+    with filling(new, size), own_file(new) as f, reading(packed, "not a whole gzip file"), gzip.open(packed) as source:
+        f.truncate(0)
+        f.write(source.read(size + 1))
+    return new
 
 
 def _size_of(partial: Path) -> int:
@@ -181,9 +210,15 @@ def fetch_row(row: Mapping[str, str]) -> str:
 
     A file that is there is checked against size and sha256, where known, and never replaced. A new one is checked too;
     what the row does not know yet is then filled in in TABLE: size, sha256, and the hub's commit as the revision.
-    Raises NeonError.
+    One that a package of the system has installed is unpacked from there. Raises NeonError.
     """
     target = Path(row["path"])
+    if not target.exists() and (copy := installed(row)):
+        with locked(target):
+            new = unpacked(copy, target, int(row["size"]))
+            _check_new(new, copy, _facts(new), row["size"], row["sha256"])
+            put(new, target)
+        return f"unpacked from {copy} and whole"
     if fetch(row["source"], target, row["size"], row["sha256"], lambda found: _record(row["path"], found)):
         return "downloaded and whole" if row["sha256"] else f"downloaded; its digest is now in {TABLE}"
     known = _row_now(row)
@@ -192,6 +227,12 @@ def fetch_row(row: Mapping[str, str]) -> str:
     if problem := _differs(_facts(target), known["size"], known["sha256"]):
         raise NeonError(f"{target}: {problem}; move it away to download it again")
     return "is there and whole"
+
+
+def installed(row: Mapping[str, str]) -> Path | None:
+    """The packed file of a row where a package of the system has put it."""
+    copy = INSTALLED.get(row["group"], Path(os.devnull)) / Path(urlparse(row["source"]).path).name
+    return copy if copy.is_file() else None
 
 
 def _row_now(row: Mapping[str, str]) -> Mapping[str, str]:

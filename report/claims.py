@@ -28,6 +28,7 @@ MEASURED_AS = {
     "w": ("w_star", "best w"),
     "cfg": ("cfg_star", "best γ"),
 }
+SAME = {"fashion": "mini"}  # scales judged by the claims of another, where their settings have its names
 NOT_NEON = ("controls", "rivals")  # folders whose role 'neon' is another model
 
 
@@ -76,9 +77,12 @@ def of_number(name: str, source: str, check: dict, tolerance: float) -> dict:
 
 def ledger(folder: Path, paper: Path = PAPER) -> pd.DataFrame:
     """A folder of results, named by its scale → a line per claim of that scale: columns COLUMNS. Raises NeonError."""
-    stated, tables = [entry for entry in claims(paper) if entry["scale"] == folder.resolve().name], Tables(folder)
+    name, tables = folder.resolve().name, Tables(folder)
+    stated = [entry for entry in claims(paper) if entry["scale"] == SAME.get(name, name)]
     if not stated:
-        raise NeonError(f"{folder}: no claim is of this scale; a folder of results is named by it: mini, paper")
+        raise NeonError(
+            f"{folder}: no claim is of this scale; a folder of results is named by it: mini, fashion, paper"
+        )
     lines = [entry | judged(tables, entry) for entry in stated]
     return pd.DataFrame(lines).reindex(columns=COLUMNS)
 
@@ -115,8 +119,11 @@ def of_numbers(table: pd.DataFrame) -> str:
 
 
 def documents(results: Path) -> dict[str, str]:
-    """Name of the markers → Markdown, from the folder with mini/claims.csv and paper/claims.csv."""
-    mini, paper = (pd.read_csv(results / scale / "claims.csv", keep_default_na=False) for scale in ("mini", "paper"))
+    """Name of the markers → Markdown, from the folder with claims.csv of mini, paper and maybe fashion."""
+    mini, paper = (verdicts(results / scale) for scale in ("mini", "paper"))
+    if (results / "fashion/claims.csv").exists():
+        fashion = verdicts(results / "fashion").set_index("id")["verdict"]
+        mini = mini.assign(fashion=mini["id"].map(fashion).fillna(NOT_MEASURED))
     by_kind = {f"ledger-{kind}": as_table(mini[mini["kind"] == kind]) for kind in ("paper", "objection")}
     measured = paper[paper["verdict"] != NOT_MEASURED]
     numbers = f"{of_numbers(paper).capitalize()}.\n" + (f"\n{as_table(measured)}" if len(measured) else "")
@@ -129,9 +136,15 @@ def documents(results: Path) -> dict[str, str]:
     }
 
 
+def verdicts(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "claims.csv", keep_default_na=False)
+
+
 def as_table(lines: pd.DataFrame) -> str:
+    """For reading; with the verdict on Fashion-MNIST, if the lines have one."""
     shown = lines.assign(id=[f"`{name}`" for name in lines["id"]], verdict=[f"**{name}**" for name in lines["verdict"]])
-    return markdown(shown[["id", "claim", "source", "verdict", "evidence"]])
+    columns = ["id", "claim", "source", "verdict", *(["fashion"] if "fashion" in lines else []), "evidence"]
+    return markdown(shown[columns])
 
 
 def failures(folder: Path) -> pd.DataFrame:

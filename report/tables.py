@@ -17,6 +17,7 @@ import yaml
 from neon import NeonError
 from neon.cli import command_line
 from neon.files import atomic, existing, read_object, reading, regular
+from neon.measure.evaluate import title
 from neon.measure.metrics import t_interval
 from neon.measure.rows import Rows, need, row_of
 
@@ -252,16 +253,17 @@ def final_table(final: pd.DataFrame, titles: Mapping[str, str] | None = None, gu
     """For reading, a line per setting: FIDs and gain, mean ± half of the 95 % interval; other metrics of base → Neon.
 
     Precision and recall have a column, those of MORE where some row holds them: means over seeds, empty where a setting
-    lacks them. w* as `chosen` writes it; gain is paired within a seed; one seed has no interval. guidance: with the γ
-    that the seeds chose for base and Neon. Raises NeonError as `summarise`.
+    lacks them. FID is named by its features, if the rows say these. w* as `chosen` writes it; gain is paired within a
+    seed; one seed has no interval. guidance: with the γ that the seeds chose for base and Neon. Raises NeonError as
+    `summarise`.
     """
-    lines = []
+    lines, fid = [], title("fid", str(final["features"].iloc[0]) if "features" in final else "")
     for setting, rows in final.groupby("setting", sort=False):
         of = by_role(rows)
         fids = {
-            "FID w = −1": of["selftrained"]["fid"],
-            "FID base": of["base"]["fid"],
-            "FID Neon": of["neon"]["fid"],
+            f"{fid} w = −1": of["selftrained"]["fid"],
+            f"{fid} base": of["base"]["fid"],
+            f"{fid} Neon": of["neon"]["fid"],
             "gain": of["base"]["fid"] - of["neon"]["fid"],
         }
         line = {"setting": titled(setting, titles), "seeds": len(of["base"]), "w*": chosen(of["neon"]["w"])}

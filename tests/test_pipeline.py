@@ -195,7 +195,7 @@ def test_every_file_can_be_fetched_and_every_dependency_has_a_stage():
         decoder = item["decoder"]
         assert decoder in made or any(path.startswith(decoder + "/") for path in made)
     assert {r["path"] for r in rows if r["group"] == "released"} == {r["checkpoint"] for r in RELEASED.values()}
-    assert {r["path"] for r in rows} == set(PARAMS["files"].values())
+    assert {r["path"] for r in rows if r["group"] != "fashion"} == set(PARAMS["files"].values())
 
 
 @pytest.mark.parametrize("name", PRESETS)

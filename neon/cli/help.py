@@ -17,7 +17,7 @@ EXAMPLES = {
         "neon selftrain --family edm --help   # with the options of that family",
         "neon --completion bash > ~/.local/share/bash-completion/completions/neon",
     ],
-    "download": ["neon download --list", "neon download Neon_EDM_FFHQ.pkl stats"],
+    "download": ["neon download --list", "neon download Neon_EDM_FFHQ.pkl stats", "neon download fashion"],
     "merge": [
         "neon merge --base base.safetensors --selftrained tuned.safetensors -w 1 --out neon.safetensors",
         "neon merge --base base.pth --selftrained tuned.pth -w 0.5,1,1.5 --out 'neon-{w}.pth'",

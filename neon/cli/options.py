@@ -178,7 +178,9 @@ def add_fields(p, options: type) -> None:
 
 def add_metrics(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--features", default="inception", help="inception[:PATH], inception:random, dinov2:PATH, digits:PATH"
+        "--features",
+        default="inception",
+        help="inception[:PATH], inception:random, dinov2:PATH, lite0[:PATH], digits:PATH, cnn:PATH",
     )
     p.add_argument(
         "--metrics",

@@ -86,7 +86,10 @@ def _parser(prog: str, family, chosen: Callable[[str], Mapping], measured: bool)
 
     p = command("download", "run_download", "download the checkpoints and statistics listed in downloads.csv")
     p.add_argument(
-        "names", nargs="*", metavar="NAME", help="file or group: released, stats, base, vae (default: the first two)"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="file or group: released, stats, base, vae, fashion (default: the first two)",
     )
     p.add_argument("--base", action="store_true", help="the bases that the recipes need")
     p.add_argument("--vae", action="store_true", help="the autoencoders of VAR, xAR and IMM")

@@ -24,10 +24,15 @@ SETS = {"auto": ("fid", "is", "kid"), "all": METRICS}  # of which those are meas
 TITLES = {"authpct": "AuthPct", "mind": "MIND"}
 
 
+# The Fréchet distance by the start of the extractor's name, where that is not Inception's: it is no FID.
+DISTANCES = {"dinov2": "FD (DINOv2)", "lite0": "FD (EfficientNet-Lite0)", "cnn": "FD (classifier)"}
+
+
 def title(metric: str, features: str = "") -> str:
-    """'fid' → 'FID', 'recall' → 'recall'. features: the extractor's name; FID is of Inception, not of DINOv2."""
-    if metric == "fid" and features.startswith("dinov2"):
-        return "FD (DINOv2)"
+    """'fid' → 'FID', 'recall' → 'recall'. features: the extractor's name; FID is of Inception, see DISTANCES."""
+    kind = features.partition("-")[0]
+    if metric == "fid" and kind in DISTANCES:
+        return DISTANCES[kind]
     return TITLES.get(metric, metric.upper() if len(metric) < 4 else metric)
 
 

@@ -23,9 +23,11 @@ from neon.weights.checkpoint import torch_load
 EXTRACTORS = {
     "inception": "neon.measure.features:inception",
     "dinov2": "neon.measure.dinov2:dinov2",
+    "lite0": "neon.measure.lite0:lite0",
     "digits": "mini.features:digits",
+    "cnn": "fashion.features:cnn",
 }
-SPECS = "inception, inception:PATH, inception:random, dinov2:PATH, digits:PATH"
+SPECS = "inception, inception:PATH, inception:random, dinov2:PATH, lite0, lite0:PATH, digits:PATH, cnn:PATH"
 
 
 class Features(NamedTuple):
