@@ -28,7 +28,8 @@ def levels(results: Path, titles: dict[str, str]) -> tuple[pd.DataFrame, str]:
     lines = [{"images": BASELINES[name], **row} for name, row in rows.items()]
     final = read_table(results / "final.csv")
     if final is not None:
-        found = final.groupby(["setting", "role"], sort=False)[["n", *METRICS]].mean()
+        measured = [metric for metric in METRICS if metric in final]
+        found = final.groupby(["setting", "role"], sort=False)[["n", *measured]].mean()
         for setting in final["setting"].unique():
             names = {role: f"{titled(setting, titles)}: {IN_WORDS[role]}" for role in ROLES}
             lines += [{"images": names[role], **found.loc[(setting, role)]} for role in ROLES]
