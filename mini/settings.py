@@ -421,7 +421,6 @@ RIVALS = {
 }
 GMO = {
     "gmo-imm": gmo("imm", "imm1", "imm2", "imm4", strengths=(0, 0.05, 0.1, 0.2)),
-    "gmo-demo": gmo("demo", "euler10"),
     "gmo-flow": gmo("flow", "fm4"),
 }
 

@@ -107,7 +107,7 @@ def test_neon_knows_every_command():
         else:
             assert command[:3] == ["python", "-m", "mini.ddo"] and mini.ddo.parser().parse_args(command[3:])
     ablations, methods = 1 + 2 + 3 * 3, 5 + 6 * 4 + 12 * 2
-    controls, rivals = 6 * 3 + 6 * 2, 3 * 2 + 2 * 3 + 3 * 4
+    controls, rivals = 6 * 3 + 6 * 2, 3 * 2 + 2 * 3 + 2 * 4
     # bases, chains, sizes, diagnoses, …
     assert len(jobs) == 7 + 8 * 4 + 2 + 8 + ablations + methods + controls + rivals
 
@@ -363,7 +363,7 @@ def at(stages: str, *names: str) -> set[str]:
 FRESH = at("fresh", "demo", "flow", "var", "xar", "imm")
 # Stages that measure, of ablations, controls and rivals.
 MORE = at("rows", *ABLATIONS) | at("rows spaces", *TESTED) | at("ddo", "demo", "var")
-MORE |= at("guided gmo", "demo", "flow", "imm")
+MORE |= at("guided", "demo", "flow", "imm") | at("gmo", "flow", "imm")
 CODE = {
     "flow/sampler.py": at("base generate search final fresh train rows spaces diagnose guided gmo", "flow"),
     "imm/latents.py": at("base generate selftrain search final fresh", "imm")
