@@ -348,7 +348,7 @@ def check_paths(args: argparse.Namespace) -> None:
     """Raises NeonError for a path that is '', and for an --out that does not end with a name: . or /."""
     from neon.files import named
 
-    given = {name: getattr(args, name, None) for name in PATHS}
+    given = {name: getattr(args, name, None) for name in PATHS if name != "pipeline"}  # '' is the family's default
     if empty := [name for name, value in given.items() if value == "" or value == [""]]:
         raise NeonError(f"{option_of(empty[0])} is empty: give the name of a file or a folder")
     if given["out"]:
