@@ -114,6 +114,7 @@ def run(*argv, cwd: Path, path: Path, module: str = "fashion.run") -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_chain_from_idx_files_to_tables(tmp_path):
     """With the classifier in place of EfficientNet-Lite0, which an extra installs."""
     shutil.copytree(

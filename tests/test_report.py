@@ -408,6 +408,7 @@ def test_authentic_samples_by_hand(monkeypatch):
     assert report.copies.authpct(images(0, 1, 2, 3, 30, 60), "grey", training) == 0
 
 
+@pytest.mark.slow
 def test_copies_with_the_authenticity_of_every_model(mini, tmp_path):
     """A column more with --features and --ref, the others as without; what is missing or does not fit is said."""
     ref, search, out = tmp_path / "train.npz", tmp_path / "search.jsonl", tmp_path / "out.csv"

@@ -109,7 +109,7 @@ def test_missing_reference_offline_says_where_to_put_it(checkout):
     assert not list((checkout / "fid_stats").glob("*other*"))
 
 
-@pytest.mark.parametrize("config", NETWORKS.keys() - {"digits"})
+@pytest.mark.parametrize("config", sorted(NETWORKS.keys() - {"digits", "fashion", "fashion_gpu"}))
 def test_named_configurations_equal_the_manifests(config):
     manifest = json.loads((GOLDEN / f"manifest_{config}.json").read_text())
     with torch.device("meta"):
