@@ -91,7 +91,8 @@ def stages():
     """Name → stage of the paper's pipeline and its ablations, as DVC resolves them."""
     from dvc.repo import Repo
 
-    return {stage.addressing: stage for stage in Repo(ROOT).index.stages if "mini/" not in stage.addressing}
+    found = {stage.addressing: stage for stage in Repo(ROOT).index.stages}
+    return {name: stage for name, stage in found.items() if not name.startswith(("mini/", "fashion/"))}
 
 
 def commands(stage) -> list[list[str]]:
