@@ -65,7 +65,7 @@ def test_samples_begin_with_the_first_family(tmp_path):
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     texts = [output.metadata["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {})]
     assert texts[0].startswith("Samples of base and Neon from the same seeds")
-    assert texts[1].startswith("Samples: EDM, 10 Euler steps") and texts[-1].startswith("Samples: IMM, 8 steps")
+    assert texts[1].startswith("Samples: EDM, 10 Euler steps") and texts[-1].startswith("Samples: diffusers pipeline")
     assert (tmp_path / "overview.png").exists()
 
 
