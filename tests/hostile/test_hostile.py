@@ -1,18 +1,15 @@
 """No hostile input ends in a traceback, a wait, or a file: each is refused in one line."""
 
-import contextlib
 import importlib
-import io
 import signal
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
-from processes import words
 
+from hostile import judged
 from hostile.files import EXECUTED, READ, cases
-from neon.cli import command_line, main
 
 CASES = list(cases())
 SECONDS = 5  # until a case counts as hanging
@@ -23,25 +20,15 @@ class Hangs(BaseException):
 
 
 def run(argv) -> tuple[int, str]:
-    """A command of neon or a script, in this process: exit status and what it says on stderr."""
+    """judged.run, for a few seconds at most."""
 
     def hang(number, frame):
         raise Hangs
 
-    program, *rest = words(argv)
-    err = io.StringIO()
     before = signal.signal(signal.SIGALRM, hang)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-            if program.startswith("report."):
-                sys.argv[:] = [program, *rest]
-                command_line(importlib.import_module(program).main)
-            else:
-                main([program, *rest])
-        return 0, err.getvalue()
-    except SystemExit as ended:
-        return ended.code or 0, err.getvalue()
+        return judged.run(argv)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
