@@ -34,7 +34,7 @@ DEVICE: Options = {"device": "cuda" if GPU else "cpu"}
 SEEDS = range(3)
 IMAGES = Images(
     synthetic="10000-15999" if GPU else "10000-11999",
-    search="20000-24999" if GPU else "20000-21999",  # choose w, measured against the training images
+    search="20000-24999" if GPU else "20000-20999",  # choose w, measured against the training images
     final="30000-39999",  # reported, measured against the test images
 )
 METRICS = "fid,precision,recall"
