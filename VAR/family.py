@@ -14,7 +14,7 @@ from neon import NeonError
 from neon.family import check_images, named, option
 from neon.files import existing
 from neon.precision import autocast, decoder, network
-from neon.sampling import Streams, from_uint8, to_uint8
+from neon.sampling import from_uint8, new_streams, to_uint8
 from neon.weights.checkpoint import load_into, load_weights, open_weights, values_sha256
 from neon.weights.network import check_arguments, recorded
 from VAR import transformer
@@ -185,7 +185,7 @@ def sample(model: VAR, seeds: torch.Tensor, labels: torch.Tensor | None, **sampl
     """uint8 (N, C, S, S); sampling: fields of Sampling. labels None: each image draws its class from its own stream."""
     device = model.transformer.pos_start.device
     with autocast(device, network(model.precision)):
-        _, f_hat = sample_codes(model.transformer, model.vqvae.quantize, labels, Streams(seeds, device), **sampling)
+        _, f_hat = sample_codes(model.transformer, model.vqvae.quantize, labels, new_streams(seeds, device), **sampling)
     with autocast(device, decoder(model.precision)):
         return to_uint8(model.vqvae.decode_latent(f_hat))
 

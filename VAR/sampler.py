@@ -32,27 +32,19 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
     return logits
 
 
-def exponentials(streams: Streams, like: Tensor) -> Tensor:
-    """Exp(1) noise of like's shape (B, …), each row from its image's own stream."""
-    noise = torch.empty(like.shape, device=streams.device)
-    for row, generator in zip(noise, streams.generators):
-        row.exponential_(generator=generator)
-    return noise.to(like.device)
-
-
 def race(probs: Tensor, streams: Streams) -> Tensor:
     """Draw from each distribution: probs (B, n, V) → ids (B, n).
 
     The code whose exponential clock of rate p rings first. An image's draws depend on its stream alone, and a
     small change of probs changes few draws, so models compared on the same seeds share most of their noise.
     """
-    return (probs / exponentials(streams, probs)).argmax(-1)
+    return (probs / streams.exponential(probs.shape[1:]).to(probs.device)).argmax(-1)
 
 
 def smooth_vectors(logits: Tensor, streams: Streams, codes: Tensor, progress: float) -> Tensor:
     """Average of the codes (V, c) under Gumbel-softmax weights that sharpen as progress goes from 0 to 1; (B, n, c)."""
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-    gumbel = -exponentials(streams, logits).log()
+    gumbel = -streams.exponential(logits.shape[1:]).to(logits.device).log()
     return ((logits * (1 + progress) + gumbel) / temperature).softmax(-1) @ codes
 
 

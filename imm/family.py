@@ -18,7 +18,7 @@ from imm.sampler import jumps, start_noise
 from neon import NeonError
 from neon.family import NoiseMap, check_images, named, option
 from neon.precision import autocast, decoder, network
-from neon.sampling import Streams, from_uint8, to_uint8
+from neon.sampling import from_uint8, new_streams, to_uint8
 from neon.weights import network as recorded
 from neon.weights.checkpoint import values_sha256
 
@@ -134,7 +134,7 @@ def noise_map(
         with autocast(device, decoder(model.precision)):
             return decode(model.vae, x) if model.vae else to_uint8(2 * x)
 
-    return NoiseMap(start_noise(model.net, Streams(seeds, device)).double(), latents, finish)
+    return NoiseMap(start_noise(model.net, new_streams(seeds, device)).double(), latents, finish)
 
 
 def check(model: IMM, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:

@@ -9,20 +9,24 @@ import torch
 import torch.distributed as dist
 
 from neon import NeonError
+from neon.sampling import drawn_by
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all: its rank, their number, its device, and how exact float32 products are there."""
+    """This process's place among all: its rank, their number, its device, how exact float32 products are there, and the
+    kind of its random streams (neon.sampling.new_streams)."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tf32: bool = False
+    streams: str = "torch"
 
     def identity(self) -> dict[str, object]:
         """What decides numbers here: CPUs and GPUs have other random streams, TensorFloat-32 has fewer digits."""
-        return {"device": self.device.type, "tf32": self.tf32}
+        streams = {} if self.streams == "torch" else {"streams": self.streams}
+        return {"device": self.device.type, "tf32": self.tf32} | streams
 
     def gather(self, value) -> list:
         """`value` of every rank, in rank order, on every rank. Any picklable object; tensors should be on the CPU."""
@@ -67,11 +71,12 @@ def rank() -> int:
 
 
 @contextmanager
-def world(device: str | None = None, tf32: bool = False) -> Iterator[World]:
+def world(device: str | None = None, tf32: bool = False, streams: str = "torch") -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be alone.
 
     device: 'cuda', 'cpu' or None for the GPU of this local rank if there is one. tf32: allow TensorFloat-32 in float32
     products and convolutions on a GPU; PyTorch allows it in convolutions by default, which moves results by about 1e-3.
+    streams: the kind of random streams inside.
     Raises NeonError if there is no GPU for this process.
     """
     if device is None:
@@ -90,7 +95,8 @@ def world(device: str | None = None, tf32: bool = False) -> Iterator[World]:
     if size > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
-        yield World(rank(), size, torch.device(device), tf32)
+        with drawn_by(streams):
+            yield World(rank(), size, torch.device(device), tf32, streams)
         if size > 1:
             dist.barrier()
     finally:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from neon.sampling import Streams
+from neon.sampling import Streams, new_streams
 
 _streams: Streams | None = None  # of the images in the forward pass that runs now
 
@@ -20,7 +20,7 @@ _streams: Streams | None = None  # of the images in the forward pass that runs n
 def masks_of(seeds: torch.Tensor, device: torch.device | str) -> Iterator[None]:
     """Inside, row i of whatever `dropout` is given belongs to the image with stream seeds[i]; seeds: (n,) int64."""
     global _streams
-    outer, _streams = _streams, Streams(seeds, device)
+    outer, _streams = _streams, new_streams(seeds, device)
     try:
         yield
     finally:

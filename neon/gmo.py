@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from neon import Diverged, NeonError
 from neon.family import Family, noise_map_of
-from neon.sampling import Streams
+from neon.sampling import Streams, new_streams
 
 # What a product costs in passes of the sampler, at most. J v computes the outputs again with their derivative: two, and
 # three of convolutions, for PyTorch also multiplies by the derivative of their weights, which is 0. Jᵀ w goes back
@@ -154,7 +154,7 @@ def streams_of(seeds: torch.Tensor, device: torch.device | str) -> Streams:
     Their own seeds are the first 32 bits of SHA-256 of 'gmo SEED', for the streams of SEED itself made the noise z.
     """
     digests = (hashlib.sha256(f"gmo {seed}".encode()).digest() for seed in seeds.tolist())
-    return Streams([int.from_bytes(digest[:4], "big") for digest in digests], device)
+    return new_streams([int.from_bytes(digest[:4], "big") for digest in digests], device)
 
 
 @torch.no_grad()

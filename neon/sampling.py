@@ -4,7 +4,8 @@ An image is named by its seed. Each seed owns a random stream, so image i is the
 batch it is made in and however many processes share the work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -43,11 +44,42 @@ class Streams:
         """Integers in [0, high), (N,) int64."""
         return torch.stack([torch.randint(high, (), generator=g, device=self.device) for g in self.generators])
 
+    def exponential(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Exp(1) noise, (N, *shape)."""
+        out = torch.empty(len(self), *shape, dtype=dtype, device=self.device)
+        for row, generator in zip(out, self.generators):
+            row.exponential_(generator=generator)
+        return out
+
     def _stack(self, draw, shape, dtype):
         out = torch.empty(len(self), *shape, dtype=dtype, device=self.device)
         for row, generator in zip(out, self.generators):
             draw(row.shape, generator=generator, dtype=dtype, device=self.device, out=row)
         return out
+
+
+_kind = "torch"  # of the streams that are made now
+
+
+def new_streams(seeds: torch.Tensor | Sequence[int], device: torch.device | str = "cpu") -> Streams:
+    """Streams of the kind in force: 'torch', a generator for each image, as EDM's released code has, which made all
+    published numbers; 'counter' inside of `drawn_by`, which costs a GPU less and is the same on every device."""
+    if _kind == "torch":
+        return Streams(seeds, device)
+    from neon.counter import Counted
+
+    return Counted(seeds, device)
+
+
+@contextmanager
+def drawn_by(kind: str) -> Iterator[None]:
+    """Inside, `new_streams` makes streams of that kind: 'torch' or 'counter'."""
+    global _kind
+    outer, _kind = _kind, kind
+    try:
+        yield
+    finally:
+        _kind = outer
 
 
 def start(
@@ -69,7 +101,7 @@ def start(
         raise NeonError(f"{len(seeds)} seeds but {len(labels)} class labels")
     if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise NeonError(f"class labels must lie in 0..{classes - 1}")
-    streams = Streams(seeds, device)
+    streams = new_streams(seeds, device)
     noise = streams.randn(shape)
     drawn = streams.randint(classes) if classes else None
     return noise, drawn if labels is None else labels.to(device), streams

@@ -289,4 +289,6 @@ def test_the_pipeline_makes_every_family(tmp_path):
     text = yaml.safe_load((ROOT / "fashion/dvc.yaml").read_text())
     families = text["vars"][0]["families"]
     assert list(families) == list(settings.CHAINS)
-    assert [one["settings"].split() for one in families.values()] == [list(c.settings) for c in settings.CHAINS.values()]
+    assert [one["settings"].split() for one in families.values()] == [
+        list(c.settings) for c in settings.CHAINS.values()
+    ]

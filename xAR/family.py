@@ -12,7 +12,7 @@ from torch import nn
 from neon import NeonError
 from neon.family import check_images, named, option
 from neon.precision import autocast, decoder, network
-from neon.sampling import Streams, from_uint8, to_uint8
+from neon.sampling import from_uint8, new_streams, to_uint8
 from neon.weights.checkpoint import Weights, load_into, load_weights, open_weights, values_sha256
 from neon.weights.network import check_arguments, recorded
 from nets.images import mirror
@@ -182,7 +182,7 @@ def sample(
     """uint8 (N, C, S, S); labels None: no class."""
     device = model.transformer.mask.device
     with autocast(device, network(model.precision)):
-        latents = sample_latents(model.transformer, Streams(seeds, device), labels, cfg=cfg, steps=flow_steps)
+        latents = sample_latents(model.transformer, new_streams(seeds, device), labels, cfg=cfg, steps=flow_steps)
     with autocast(device, decoder(model.precision)):
         return torch.cat([to_uint8(model.vae.decode(part)) for part in latents.split(DECODED)])
 

@@ -127,7 +127,8 @@ def run_train(args) -> None:
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     recipe = dataclasses.replace(recipe, **changes)
     data = ImageSet(args.data, first=args.max_images)
-    with world(args.device, recipe.tf32 if args.tf32 is None else args.tf32) as here, writing(args.out, here):
+    tf32 = recipe.tf32 if args.tf32 is None else args.tf32
+    with world(args.device, tf32, args.streams) as here, writing(args.out, here):
         if here.device.type == "cpu" and not args.precision:
             recipe = dataclasses.replace(recipe, precision="float32")
         recipe = dataclasses.replace(recipe, tf32=here.tf32)
@@ -457,7 +458,10 @@ def run_grid(args) -> None:
     need(rows, ("w", "family", "tf32"), args.final)
     if others := {row["family"] for row in rows} - {family.name}:
         raise NeonError(f"{args.final}: rows of {', '.join(others)}, not of {family.name}")
-    with world(args.device, any(row["tf32"] for row in rows)) as here, writing(args.out, here):
+    streams = {row.get("streams", "torch") for row in rows}
+    if streams not in ({"torch"}, {"counter"}):
+        raise NeonError(f"{args.final}: rows of --streams {', '.join(sorted(streams))}")
+    with world(args.device, any(row["tf32"] for row in rows), *streams) as here, writing(args.out, here):
         options = {"device": here.device, **loading(args, family)}
         drawn = {row["role"]: images_of(row, seeds, args.batch_size, **options) for row in rows}
         if here.rank == 0:

@@ -146,6 +146,13 @@ def add_device(p: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="TensorFloat-32 in float32 products on a GPU (default: as the released code)",
     )
+    p.add_argument(
+        "--streams",
+        choices=["torch", "counter"],
+        default="torch",
+        help="random numbers of an image, and of its dropout: torch, a generator for each, as in EDM's released code;"
+        " counter, one computation for a batch, the same numbers on CPUs and GPUs (default %(default)s)",
+    )
 
 
 def add_inference(p: argparse.ArgumentParser, family) -> None:
@@ -281,7 +288,7 @@ def processes(args, family):
     """neon.distributed.world for sampling: TensorFloat-32 as asked for, else as the family was released."""
     from neon.distributed import world  # here, for it loads torch
 
-    return world(args.device, family.released_tf32 if args.tf32 is None else args.tf32)
+    return world(args.device, family.released_tf32 if args.tf32 is None else args.tf32, args.streams)
 
 
 def precision_of(args, family, here) -> str:

@@ -204,7 +204,7 @@ FIELDS = {
     **dict.fromkeys(("density", "coverage", "authpct", "mind", "fid_se", "is_std", "kid_std"), NUMBER),
     **dict.fromkeys(("gain_base", "gain_base_se", "gain_selftrained", "gain_selftrained_se"), NUMBER),
     **dict.fromkeys(("key", "role", "family", "dtype", "device", "features", "base", "base_sha256"), TEXT),
-    **dict.fromkeys(("kept", "reason", "by"), TEXT),
+    **dict.fromkeys(("kept", "reason", "by", "streams"), TEXT),
     **dict.fromkeys(("selftrained", "selftrained_sha256", "vae_sha256", "reference"), (*TEXT, *PERHAPS)),
     **dict.fromkeys(("n", "budget", "num_synthetic", "world", "networks"), WHOLE),
     "class_idx": (*WHOLE, *PERHAPS),
