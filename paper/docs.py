@@ -11,6 +11,7 @@ from neon.fetch import LICENSE, TABLE, read_table
 from neon.files import atomic
 from neon.plan import ASSUMPTIONS, RECIPE, Row, cells, describe, plan, summed
 from neon.plan import table as costs
+from paper.scale import tables
 
 ROOT = Path(__file__).parent.parent
 RELEASED = "https://huggingface.co/sinaalemohammad/Neon/resolve/main"
@@ -177,6 +178,12 @@ def planned(rows: Sequence[Row] | None = None) -> dict[Path, str]:
     return {ROOT / "docs" / "pipeline.md": cost_table(rows), ROOT / "README.md": cost_line(rows)}
 
 
+def scaled(rows: Sequence[Row] | None = None) -> dict[str, str]:
+    """Name of the markers in docs/scale.md → its table."""
+    params = ROOT / "params.yaml"
+    return tables(rows or plan(params), params, device(DEVICE))
+
+
 def pipelines() -> dict[str, list[Row]]:
     """Pipeline → its rows."""
     return {name: plan_of(ROOT / "paper" / name)[0] for name in PIPELINES}
@@ -193,6 +200,9 @@ if __name__ == "__main__":
         fill(path, text)
     for path, text in licensed().items():
         fill(path, text, "licenses")
-    for path, text in planned().items():
+    rows = plan(ROOT / "params.yaml")
+    for path, text in planned(rows).items():
         fill(path, text, "plan")
+    for name, text in scaled(rows).items():
+        fill(ROOT / "docs" / "scale.md", text, name)
     fill(ROOT / "docs" / "pipeline.md", pipeline_table(pipelines()), "pipelines")

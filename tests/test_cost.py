@@ -472,3 +472,12 @@ def test_the_costs_in_docs_are_those_of_the_plan(rows):
         found = path.read_text()
         assert "<!-- plan:begin -->" in found
         assert filled(found, text, "plan") == found, f"{path.name}: run python -m paper.docs"
+
+
+def test_the_scale_in_docs_is_computed_from_the_plan(rows):
+    from paper.docs import filled, scaled
+
+    found = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    for name, text in scaled(rows).items():
+        assert f"<!-- {name}:begin -->" in found
+        assert filled(found, text, name) == found, "run python -m paper.docs"
