@@ -31,6 +31,7 @@ released_precision, released_tf32 = "float16", False
 guidable = False  # its calls share a cache of keys and values
 PAPER = PRESETS["var_d16"].sampling
 RELEASED_VQVAE = "vae_ch160v4096z32.pth"
+DECODED = 2**22  # pixels that the decoder makes at once, 64 images of 256×256, which bounds its memory
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,9 @@ def sample(model: VAR, seeds: torch.Tensor, labels: torch.Tensor | None, **sampl
     device = model.transformer.pos_start.device
     with autocast(device, network(model.precision)):
         _, f_hat = sample_codes(model.transformer, model.vqvae.quantize, labels, new_streams(seeds, device), **sampling)
+    at_once = max(DECODED // model.config.image_side**2, 1)
     with autocast(device, decoder(model.precision)):
-        return to_uint8(model.vqvae.decode_latent(f_hat))
+        return torch.cat([to_uint8(model.vqvae.decode_latent(part)) for part in f_hat.split(at_once)])
 
 
 def check(model: VAR, shape: tuple[int, ...], labels: torch.Tensor | None) -> None:

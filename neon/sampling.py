@@ -4,7 +4,7 @@ An image is named by its seed. Each seed owns a random stream, so image i is the
 batch it is made in and however many processes share the work.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -142,6 +142,18 @@ def parse_seeds(text: str) -> torch.Tensor:
             raise NeonError(f"seeds out of range: {part.strip()!r}")
         ranges.append(torch.arange(low, high + 1))
     return torch.cat(ranges)
+
+
+def whole_batches(sample: Callable[[torch.Tensor], torch.Tensor], batch: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same images, made `batch` at a time: fewer seeds are filled up with repeats, whose images are dropped.
+
+    So a compiled network meets one shape and is compiled once. sample: seeds (b,) → (b, …).
+    """
+
+    def filled_up(seeds: torch.Tensor) -> torch.Tensor:
+        return sample(seeds[torch.arange(batch) % len(seeds)])[: len(seeds)]
+
+    return lambda seeds: sample(seeds) if len(seeds) >= batch else filled_up(seeds)
 
 
 def part_of(n: int, rank: int, world_size: int) -> slice:

@@ -16,6 +16,7 @@ from neon.cli.show import with_error
 from neon.data import ImageSet
 from neon.final import final_points
 from neon.measure import metrics
+from neon.measure.aside import Aside
 from neon.measure.candidates import Point
 from neon.measure.evaluate import METRICS, Evaluation, parse_metrics, title
 from neon.measure.features import Extractor, load_extractor
@@ -625,3 +626,59 @@ def test_surfaces_that_are_refused(mini, tmp_path, more, message):
     path = tmp_path / "search.jsonl"
     assert message in error_of(*surface(mini, path, *more))
     assert not path.exists()
+
+
+# ---------------------------------------------------------------- compiled networks, a second queue
+
+
+def test_a_compiled_network_meets_one_shape(mini, monkeypatch, tmp_path):
+    """The last batch is smaller; nothing is compiled again for it, and no number moves."""
+    compiled, graphs = torch.nn.Module.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend=backend))
+    torch.compiler.reset()
+    found = {}
+    for n, seeds in {"whole": "0-31", "rest": "0-39"}.items():
+        options = ("--seeds", seeds, "--metrics", "fid", "--batch_size", 16, "--model", mini.base)
+        for way in ((), ("--compile",)):
+            neon("evaluate", *mini.measuring, *options, *way, "--out", tmp_path / f"{n}{len(way)}.json")
+        found[n] = len(graphs)
+    assert 0 < found["whole"] == found["rest"]
+    for n in found:
+        plain, fast = (json.loads((tmp_path / f"{n}{i}.json").read_text())["fid"] for i in (0, 1))
+        assert fast == pytest.approx(plain, rel=1e-4)
+
+    graphs.clear()
+    torch.compiler.reset()
+    words = ("--model", mini.base, "--seeds", "0-20", "--batch_size", 16)
+    for name, way in {"plain": (), "fast": ("--compile",)}.items():
+        neon("generate", *mini.sampling, *words, *way, "--out", tmp_path / name)
+    assert len(graphs) == found["whole"]
+    plain, fast = (ImageSet(tmp_path / name).images(range(21)).int() for name in ("plain", "fast"))
+    assert (plain - fast).abs().max() <= 1
+
+
+def test_work_aside_is_done_in_order_and_waited_for():
+    """On a CPU at once. tests marked cuda compare the two queues of a GPU with one."""
+    aside, order = Aside(torch.device("cpu")), []
+    x = torch.arange(3.0)
+    with aside.after(x):
+        order.append("aside")
+        host = aside.to_host(x)
+    order.append("next")
+    aside.wait()
+    assert order == ["aside", "next"] and torch.equal(host, x)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_queues_of_a_gpu_give_the_numbers_of_one(mini, monkeypatch, tmp_path):
+    words = ("--seeds", "0-255", "--metrics", ALL, "--batch_size", 16, "--model", mini.base, "--device", "cuda")
+    neon("evaluate", *mini.measuring, *words, "--out", tmp_path / "two.json")
+    monkeypatch.setattr(Aside, "__init__", lambda self, device: setattr(self, "stream", None))
+    neon("evaluate", *mini.measuring, *words, "--out", tmp_path / "one.json")
+    assert numbers(tmp_path / "two.json") == numbers(tmp_path / "one.json")

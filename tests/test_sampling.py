@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neon import NeonError
-from neon.sampling import Streams, parse_seeds, shard
+from neon.sampling import Streams, parse_seeds, shard, whole_batches
 
 EDM = Path(__file__).parent / "golden" / "edm"
 
@@ -133,3 +133,21 @@ def test_shards_cover_everything_once(n, world, batch):
 def test_seeds_out_of_range(text):
     with pytest.raises(NeonError, match="out of range"):
         parse_seeds(text)
+
+
+# ---------------------------------------------------------------- whole batches
+
+
+@given(st.integers(0, 23), st.integers(1, 9))
+@settings(max_examples=50, deadline=None)
+def test_whole_batches_make_the_same_images_in_one_shape(n, batch):
+    shapes = set()
+
+    def sample(seeds):
+        shapes.add(len(seeds))
+        return seeds[:, None] * 2
+
+    sample_whole = whole_batches(sample, batch)
+    made = [sample_whole(part) for part in torch.arange(n).split(batch) if len(part)]
+    assert torch.equal(torch.cat(made) if made else torch.empty(0, 1), torch.arange(n)[:, None] * 2)
+    assert shapes <= {batch}

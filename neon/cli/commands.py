@@ -53,7 +53,7 @@ from neon.measure.rows import (
     sampled_by,
     scorer,
 )
-from neon.sampling import parse_seeds
+from neon.sampling import parse_seeds, whole_batches
 from neon.search import Bench, by_surface, grid, parse_grid, parse_range
 from neon.selftrain import snapshots, train
 from neon.surface import Node, Space, SurfaceSearch, curve, drifts
@@ -156,6 +156,8 @@ def run_generate(args) -> None:
         candidates, options = _candidates(args, args.model, family, here), sampling_options(args, family)
         model = candidates.load(None, 0.0)
         draw, decided = partial(images_of_seeds, family, model, **options), {}
+        if args.compile:
+            draw = whole_batches(draw, args.batch_size)
         if change:
             noise_map_of(family)(model, seeds[:1], family.labels(model, seeds[:1]), **options)  # its errors first
             draw, decided = partial(gmo.images, family, model, change, **options), change.identity()

@@ -46,7 +46,7 @@ class Candidates:
     ):
         self.family, self.base_path, self.precision = family, Path(base), precision
         self.device = torch.device(device)
-        self._compiles, self._options = compile, options
+        self.compiles, self._options = compile, options
         self.model = self._new()
         self._holds_base = True
         for name, tensor in self._held().items():
@@ -57,7 +57,7 @@ class Candidates:
     def _new(self) -> torch.nn.Module:
         """The base as its family loads it, compiled if it is to be."""
         model = self.family.load(self.base_path, device=self.device, precision=self.precision, **self._options)
-        if self._compiles:
+        if self.compiles:
             model.compile()
         return model
 
@@ -122,7 +122,7 @@ class Guided(Candidates):
     def __init__(self, family: Family, base: str | Path, device: torch.device | str, *args, **options):
         check_guidable(family)
         super().__init__(family, base, device, *args, **options)
-        self._guide = Guide(family.weights(self.model), self._compiles)
+        self._guide = Guide(family.weights(self.model), self.compiles)
         self._guided_by: str | None = None
 
     def load(self, selftrained: str | Path | None, w: float) -> torch.nn.Module:

@@ -12,6 +12,7 @@ from neon.data import ImageSet
 from neon.distributed import World
 from neon.files import progress
 from neon.measure import manifold, metrics
+from neon.measure.aside import Aside
 from neon.measure.features import Extractor, Features
 from neon.measure.kept import Kept, joined
 from neon.measure.metrics import InceptionScore, Moments, Reference
@@ -104,26 +105,30 @@ class Evaluation:
         moments = Moments(extractor.dim, extractor.device)
         scores = InceptionScore(n, extractor.classes, extractor.device) if "is" in self.metrics else None
         seen: list[Features] = []
+        aside = Aside(extractor.device)
 
         def take(found: Features, indices: torch.Tensor) -> None:
             moments.update(found.features)
             if scores is not None:
                 scores.update(found.logits, indices)
-            logits = found.logits.cpu() if scores is not None else None
-            seen.append(Features(found.features.cpu(), logits))
+            logits = aside.to_host(found.logits) if scores is not None else None
+            seen.append(Features(aside.to_host(found.features), logits))
 
         failure = None
         with progress(n, "img", desc, world.rank, done) as bar:
             if known and world.rank == 0:
-                take(known, torch.arange(done))
+                with aside.after():
+                    take(known, torch.arange(done))
             try:
                 for part in shard(n - done, world.rank, world.size, self.batch):
                     indices = torch.arange(done, n)[part]
                     images = sample(self.seeds[indices])
-                    take(extractor(images.expand(-1, 3, -1, -1)), indices)
+                    with aside.after(images):
+                        take(extractor(images.expand(-1, 3, -1, -1)), indices)
                     bar.update(len(images) * world.size)
             except Diverged as error:  # the other ranks wait for this one
                 failure = str(error)
+        aside.wait()
         if failures := [text for text in world.gather(failure) if text]:
             raise Diverged(failures[0])
         if world.size > 1:

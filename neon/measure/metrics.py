@@ -14,7 +14,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.special import stdtrit
 
 from neon import Diverged, NeonError
@@ -266,7 +265,8 @@ class InceptionScore:
         order = np.random.RandomState(seed).permutation(n)  # the stream of torch-fidelity
         split_of = np.empty(n, dtype=np.int64)
         split_of[order] = np.repeat(np.arange(splits), np.diff(bounds))
-        self.split_of = torch.from_numpy(split_of)  # (n,), the part that image i belongs to
+        self.split_of = torch.from_numpy(split_of).to(device)  # (n,), the part that image i belongs to
+        self.parts = torch.arange(splits, device=device)
         self.sums = torch.zeros(splits, classes + 2, dtype=torch.float64, device=device)
 
     def update(self, logits: torch.Tensor, indices: torch.Tensor) -> None:
@@ -274,8 +274,9 @@ class InceptionScore:
         log_p = logits.to(self.sums).log_softmax(1)
         p = log_p.exp()
         rows = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], dim=1)
-        # A product with one-hot rows, for index_add_ on CUDA adds in no fixed order.
-        member = F.one_hot(self.split_of[indices.cpu()], len(self.sums)).to(self.sums)
+        # A product with one-hot rows, for index_add_ on CUDA adds in no fixed order, and F.one_hot waits for the GPU.
+        own = self.split_of[indices.to(self.split_of.device, non_blocking=True)]
+        member = (own[:, None] == self.parts).to(self.sums)
         self.sums += member.T @ rows
 
     def all_reduce(self, all_reduce: AllReduce) -> None:

@@ -21,6 +21,7 @@ from neon.guidance import NETWORKS
 from neon.measure.candidates import BY, Candidates, Point, by_of
 from neon.measure.evaluate import Evaluation
 from neon.measure.kept import Kept
+from neon.sampling import whole_batches
 from neon.weights.checkpoint import open_weights
 
 
@@ -41,6 +42,8 @@ def measure(
     options = {**sampling, **dict(point.sampling)}
     model = candidates.load(point.selftrained, point.w)
     draw = partial(images_of_seeds, candidates.family, model, class_idx=class_idx, **options)
+    if candidates.compiles:
+        draw = whole_batches(draw, evaluation.batch)
     found = provenance(candidates, evaluation, sampling, point, class_idx)
     keep = kept_of(candidates, evaluation, sampling, point, features, class_idx=class_idx) if features else None
     result = evaluation(draw, desc=f"w = {point.w:g}", keep=keep)

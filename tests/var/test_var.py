@@ -14,7 +14,7 @@ from neon.sampling import Streams, to_uint8
 from nets.autoencoder import Decoder, Encoder, PixelAttention
 from VAR.configs import CONFIGS
 from VAR.loss import code_loss, vqvae_loss
-from VAR.sampler import exponentials, filter_logits, race, sample_codes
+from VAR.sampler import filter_logits, race, sample_codes
 from VAR.transformer import Transformer
 from VAR.vqvae import VQVAE
 
@@ -177,9 +177,9 @@ def test_nearly_equal_distributions_draw_nearly_the_same():
 
 def test_noise_comes_from_each_stream_in_turn():
     streams = Streams([4, 9])
-    first, second = exponentials(streams, torch.empty(2, 3, 5)), exponentials(streams, torch.empty(2, 3, 5))
+    first, second = streams.exponential((3, 5)), streams.exponential((3, 5))
     assert not torch.equal(first, second)
-    assert torch.equal(exponentials(Streams([9]), torch.empty(1, 3, 5))[0], first[1])
+    assert torch.equal(Streams([9]).exponential((3, 5))[0], first[1])
 
 
 def test_uint8_truncates():
