@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -32,6 +33,7 @@ def tables() -> dict[str, str]:
         "steps": markdown(compared(pd.read_csv(RESULTS / "final.csv"), PAIRS, titles)),
         "sources": (RESULTS / "ablations/cross/table.md").read_text(),
         "fashion": fashion(ROOT / "results/fashion"),
+        "fashion-table": fashion(ROOT / "results/fashion", ("table.md",)),
         **documents(ROOT / "results"),
     }
 
@@ -50,10 +52,9 @@ def next_to_neon(titles: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def fashion(folder: Path) -> str:
+def fashion(folder: Path, names: Sequence[str] = ("table.md", "levels.md", "spaces/*/spaces.md")) -> str:
     """The tables of Fashion-MNIST that are there."""
-    names = ["table.md", "levels.md", *(f"spaces/{path.name}/spaces.md" for path in sorted(folder.glob("spaces/*")))]
-    found = [(folder / name).read_text() for name in names if (folder / name).exists()]
+    found = [path.read_text() for name in names for path in sorted(folder.glob(name))]
     return "\n".join(found) or "Not measured yet.\n"
 
 
