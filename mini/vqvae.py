@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from neon.data import ImageSet
+from neon.files import progress
 from neon.weights.checkpoint import save_safetensors
 from VAR.configs import CONFIGS
 from VAR.loss import vqvae_loss
@@ -36,12 +37,14 @@ def main(
     model = VQVAE(CONFIGS[config]).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    for _ in range(args.steps):
-        loss = vqvae_loss(model, images[torch.randint(len(images), (args.batch,))].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    with progress(args.steps * args.batch, "img", "tokenizer") as bar:
+        for _ in range(args.steps):
+            loss = vqvae_loss(model, images[torch.randint(len(images), (args.batch,))].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update(args.batch)
     parts = [part.to(device) for part in heldout.split(1000)]
     with torch.no_grad():
         ids = [model.encode(part) for part in parts]
