@@ -33,6 +33,8 @@ SECTIONS = {
     "training": training.training,
     "sampling": speed.sampling,
     "whole": parity.whole,
+    "parity_compiled": parity.compiled,
+    "compiled": speed.compiled,
 }
 
 
@@ -84,13 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     write = writer(path, about, page.one_card)
     with tempfile.TemporaryDirectory(prefix="neon-gpu-") as scratch:
         bench = Bench(card, rehearsed() if args.rehearse else presets(), Path(scratch), args.rehearse)
-        rows = run(SECTIONS, bench, only, args.minutes, known, lambda rows: write(finished(rows)))
-    write(finished(rows))
+        rows = run(SECTIONS, bench, only, args.minutes, known, lambda rows: write(speed.with_ratios(rows)))
+    write(speed.with_ratios(rows))
     summary(rows)
-
-
-def finished(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    return rows | {"sampling": speed.with_ratios(rows["sampling"])}
 
 
 def summary(rows: dict[str, list[dict]]) -> None:

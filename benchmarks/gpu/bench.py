@@ -58,13 +58,13 @@ class Bench:
             side = self.size(4096 if precision == "float32" else 8192, 64)
             a = torch.randn(side, side, device=self.card.device, dtype=getattr(torch, name))
             with tf32(allowed):
-                self.rates[precision] = 2 * side**3 / self.seconds(lambda: a @ a, rounds=5)
+                self.rates[precision] = 2 * side**3 / self.seconds(lambda: a @ a)
         return self.rates[precision]
 
-    def seconds(self, run: Callable[[], object], rounds: int = 2) -> float:
-        """The least of some rounds, after one to warm up. More rounds of what is quick, at most a second."""
+    def seconds(self, run: Callable[[], object]) -> float:
+        """The least of some rounds, after one to warm up: of a second in all, and one of what takes longer."""
         run()
-        spent = [seconds(run, self.card.device) for _ in range(rounds)]
+        spent = [seconds(run, self.card.device)]
         while sum(spent) < self.size(1, 0) and len(spent) < 50:
             spent.append(seconds(run, self.card.device))
         return min(spent)

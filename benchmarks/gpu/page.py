@@ -48,6 +48,14 @@ DIFFERENCES: list[Column] = [
     ("largest_level", "largest", str),
     PASSED,
 ]
+SAMPLED: list[Column] = [
+    NAME,
+    ("batch", "batch", str),
+    RATE,
+    ("times_released", "released way", times),
+    SHARE,
+    PEAK,
+]
 # Of each section: what it is, and its columns after which an error or a reason may follow.
 SECTIONS: dict[str, tuple[str, list[Column]]] = {
     "tests": (
@@ -56,10 +64,7 @@ SECTIONS: dict[str, tuple[str, list[Column]]] = {
     ),
     "rates": ("Products of large matrices", [NAME, ("tflops", "TFLOP/s", number)]),
     "parity": ("The card next to the CPU in float32, reduced networks", DIFFERENCES),
-    "sampling": (
-        "Sampling, at the released batch size",
-        [NAME, ("batch", "batch", str), RATE, ("times_released", "released way", times), SHARE, PEAK],
-    ),
+    "sampling": ("Sampling, at the released batch size", SAMPLED),
     "parts": (
         "Parts of an evaluation",
         [
@@ -94,6 +99,8 @@ SECTIONS: dict[str, tuple[str, list[Column]]] = {
         ],
     ),
     "whole": ("The card next to the CPU in float32, whole networks, one image", DIFFERENCES),
+    "parity_compiled": ("Compiled networks next to the CPU in float32", DIFFERENCES),
+    "compiled": ("Sampling, compiled", SAMPLED),
 }
 
 
@@ -146,9 +153,9 @@ def all_cards(cards: Mapping[str, Mapping]) -> str:
             [
                 _overview(cards),
                 "**Sampling**: images/s of the fastest way, and of the released way.",
-                _by_model(cards, "sampling", _fastest),
+                _by_model(cards, ("sampling", "compiled"), _fastest),
                 "**Self-training**: whole steps of the recipe, at the preset's micro-batch.",
-                _by_model(cards, "training", _trained),
+                _by_model(cards, ("training",), _trained),
             ]
         )
         + "\n"
@@ -168,19 +175,24 @@ def _card(name: str, found: Mapping) -> list[str]:
     passed = sum(row.get("tests_passed", 0) for row in rows.get("tests", ()))
     failed = sum(row.get("failed", 0) for row in rows.get("tests", ()))
     tests = f"{passed} passed, {failed} failed" if passed or failed else NOT_MEASURED
-    verdicts = [row["passed"] for part in ("parity", "whole") for row in rows.get(part, ()) if "passed" in row]
+    verdicts = [
+        row["passed"]
+        for part in ("parity", "whole", "parity_compiled")
+        for row in rows.get(part, ())
+        if "passed" in row
+    ]
     parity = f"{sum(verdicts)} of {len(verdicts)} within tolerance" if verdicts else NOT_MEASURED
     return [title, *facts, tests, parity]
 
 
-def _by_model(cards: Mapping[str, Mapping], part: str, cell: Callable[[list[Mapping]], str]) -> str:
-    """A line for every target, a column for every card."""
+def _by_model(cards: Mapping[str, Mapping], parts: Sequence[str], cell: Callable[[list[Mapping]], str]) -> str:
+    """A line for every target, a column for every card. parts: the sections that the cells are of."""
     titles = ["", *(f"{found['environment']['cards']} × {found['environment']['card']}" for found in cards.values())]
-    columns = [found["rows"].get(part, ()) for found in cards.values()]
-    lines = []
-    for target in presets():
-        cells = [cell([row for row in rows if row.get("model") == target.name]) for rows in columns]
-        lines.append([f"`{target.name}`, batch {target.batch}" if part == "sampling" else f"`{target.name}`", *cells])
+    columns = [[row for part in parts for row in found["rows"].get(part, ())] for found in cards.values()]
+    lines = [
+        [f"`{target.name}`", *(cell([row for row in rows if row.get("model") == target.name]) for rows in columns)]
+        for target in presets()
+    ]
     if not cards:
         titles, lines = [*titles, "any card"], [[*line, NOT_MEASURED] for line in lines]
     return grid([titles, *lines])

@@ -26,7 +26,6 @@ from neon.plan import sampled as cost_of_sampling
 from neon.sampling import Streams
 
 FEWER = (2, 4)  # steps that are timed where there are more
-WAYS = ("eager", "graph", "compile")
 DEPENDS = "its calls share a cache that grows, so their shapes are not static"
 
 
@@ -39,17 +38,23 @@ def rates(bench: Bench) -> Iterable[Measurement]:
 
 
 def sampling(bench: Bench) -> Iterator[Measurement]:
-    """What is wanted most comes first: the released way, all precisions, graphs, and compiled networks, which wait."""
+    """What is wanted most comes first: the released way, then all precisions, then graphs."""
     for target in bench.targets:
         yield Measurement(f"{target.name}, released way", 60, partial(released, bench, target))
-    for way in WAYS:
-        for precision in PRECISIONS:
-            for target in bench.targets:
-                if way != "compile" or not bench.rehearse or precision == "float32":
-                    name = f"{target.name}, {way}, {precision}"
-                    yield Measurement(
-                        name, 150 if way == "compile" else 30, partial(rate, bench, target, way, precision)
-                    )
+    yield from _ways(bench, "eager", PRECISIONS, 30)
+    yield from _ways(bench, "graph", ["bfloat16"] if bench.rehearse else PRECISIONS, 30)
+
+
+def compiled(bench: Bench) -> Iterator[Measurement]:
+    """The same with torch.compile, which takes minutes for large networks."""
+    return _ways(bench, "compile", ["float32"] if bench.rehearse else PRECISIONS, 150)
+
+
+def _ways(bench: Bench, way: str, precisions: Iterable[str], needs: float) -> Iterator[Measurement]:
+    for precision in precisions:
+        for target in bench.targets:
+            name = f"{target.name}, {way}, {precision}"
+            yield Measurement(name, needs, partial(rate, bench, target, way, precision))
 
 
 def rate(bench: Bench, target: Target, way: str, precision: str) -> dict:
@@ -98,15 +103,17 @@ def measured(bench: Bench, target: Target, spent: float, precision: str, allowed
     }
 
 
-def with_ratios(rows: list[dict]) -> list[dict]:
-    """With the images per second of each as a multiple of its model's released way."""
-    first = {row["model"]: row["images_per_second"] for row in rows if row.get("way") == "released"}
-    return [
-        row | {"times_released": row["images_per_second"] / first[row["model"]]}
-        if "images_per_second" in row and row["model"] in first
-        else row
-        for row in rows
-    ]
+def with_ratios(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """All rows, those of sampling with their images per second as a multiple of their model's released way."""
+    first = {row["model"]: row for row in rows["sampling"] if row.get("way") == "released"}
+
+    def ratio(row: dict) -> dict:
+        known = first.get(row.get("model"), row)
+        if "images_per_second" not in row or known is row:
+            return row
+        return row | {"times_released": row["images_per_second"] / known["images_per_second"]}
+
+    return rows | {part: [ratio(row) for row in rows[part]] for part in ("sampling", "compiled")}
 
 
 def model_of(bench: Bench, target: Target, precision: str) -> nn.Module:
@@ -215,7 +222,7 @@ def features(bench: Bench, side: int, allowed: bool) -> dict:
     extractor = load_extractor("inception:random", bench.card.device)
     pixels = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, device=bench.card.device)
     with tf32(allowed):
-        spent = bench.seconds(lambda: extractor(pixels), rounds=bench.size(2, 1))
+        spent = bench.seconds(lambda: extractor(pixels))
     return {"ms_per_image": 1e3 * spent / n, "images_per_second": n / spent, "peak_gib": bench.card.peak_gib()}
 
 
@@ -232,7 +239,7 @@ def fid(bench: Bench) -> dict:
     reference, own = (_some_moments(dim, bench, seed) for seed in (0, 1))
     real = Reference(reference.mean, reference.cov)
     _ = real.root
-    return {"seconds_each": bench.seconds(lambda: frechet(own.mean, own.cov, real).value, rounds=1)}
+    return {"seconds_each": bench.seconds(lambda: frechet(own.mean, own.cov, real).value)}
 
 
 def _some_moments(dim: int, bench: Bench, seed: int) -> Moments:
@@ -244,7 +251,7 @@ def _some_moments(dim: int, bench: Bench, seed: int) -> Moments:
 def kernel_distance(bench: Bench) -> dict:
     n, dim = bench.size(5_000, 20), bench.size(2048, 16)
     own, real = torch.randn(2, n, dim, device=bench.card.device)
-    spent = bench.seconds(lambda: kid(own, real, subset_size=min(1000, n)), rounds=1)
+    spent = bench.seconds(lambda: kid(own, real, subset_size=min(1000, n)))
     return {"seconds_each": spent}
 
 

@@ -53,9 +53,12 @@ FEW = {
 }
 
 
+LONGER = {"edm": {"num_steps": 5}, "flow": {"solver": "dopri5"}}  # whose steps are not all timed
+
+
 def rehearsed() -> list[Target]:
     """The network for digits of every family, two images at a time."""
-    return [_digits(family, 2, FEW[family.name]) for family in map(get_family, FAMILIES)]
+    return [_digits(family, 2, (FEW | LONGER)[family.name]) for family in map(get_family, FAMILIES)]
 
 
 def _digits(family: Family, batch: int, sampling: Mapping[str, object]) -> Target:
