@@ -253,7 +253,7 @@ def _pixels(shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
 def count(model: torch.nn.Module, family: Family, run: Callable[[], object], *others: torch.nn.Module) -> Cost:
     """What `run`, on the meta device, costs. A pass of the network or of others is a row that leaves its last layer."""
     rows = []
-    lasts = [last_layer(network) for network in (family.weights(model), *others)]
+    lasts = [[m for m in network.modules() if m._parameters][-1] for network in (family.weights(model), *others)]
     hooks = [last.register_forward_hook(lambda module, inputs, output: rows.append(len(output))) for last in lasts]
     try:
         with _values(), _counter() as flops:
@@ -264,11 +264,6 @@ def count(model: torch.nn.Module, family: Family, run: Callable[[], object], *ot
         for hook in hooks:
             hook.remove()
     return Cost(dict(flops), float(sum(rows)))
-
-
-def last_layer(network: torch.nn.Module) -> torch.nn.Module:
-    """The last part that has parameters of its own: every pass of the network leaves it once."""
-    return [part for part in network.modules() if part._parameters][-1]
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu.bench import PRECISIONS, Bench, Measurement
 from benchmarks.gpu.card import Card, Graphed, tf32
 from benchmarks.gpu.targets import FEW, build, compute_in, options_of, presets
-from neon.cost import last_layer
 from neon.family import Family, get_family
 from neon.measure.rows import images_of_seeds
 from neon.precision import autocast
@@ -151,7 +151,7 @@ def compared(card: Card, case: Case, precision: str, way: str = "eager") -> dict
         "levels": float((found.images.float() - wanted.images.float()).abs().mean()),
         "largest_level": int((found.images.int() - wanted.images.int()).abs().max()),
     }
-    if way == "eager":
+    if way != "compile":
         calls = len(found.outputs) == len(wanted.outputs)
         row["network"] = max(map(distance, found.outputs, wanted.outputs)) if calls else float("inf")
     if case.family is var_family:
@@ -183,20 +183,37 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 class Found(NamedTuple):
     """What a model makes of the CPU's noise, on the CPU."""
 
-    outputs: list[Tensor]  # of the network, at every call, float64; [] if it is replayed or compiled
+    outputs: list[Tensor]  # of the network, at every call, float64; [] of a compiled one
     images: Tensor  # uint8
-    gradient: Tensor | None  # of a training loss, of all weights, (n,) float64
+    gradient: Tensor | None  # of a training loss, of all weights, (n,) float64; None unless eager
 
     @classmethod
     def of(cls, case: Case, model: nn.Module, precision: str, codes: "Codes", way: str = "eager") -> "Found":
         compute_in(case.family, model, precision)
-        outputs: list[Tensor] = []
-        layer = last_layer(case.family.weights(model))
-        if way == "eager":
-            layer.register_forward_hook(lambda module, inputs, output: outputs.append(output.double().cpu()))
+        outputs = [] if way == "compile" else outputs_of(case.family, model)
         images = sampled(case, model, codes).cpu()
         eager = way == "eager" and case.gradients
         return cls(list(outputs), images, gradient(case, model, precision, images.shape[1:]) if eager else None)
+
+
+def outputs_of(family: Family, model: nn.Module) -> list[Tensor]:
+    """A list to which every call of the network adds what it returns."""
+    network, outputs = family.weights(model), []
+
+    def keep(output) -> None:
+        outputs.append(tree_leaves(output)[0].detach().double().cpu())
+
+    if family is var_family:  # its sampler calls a method
+        call = network.next_scale
+
+        def next_scale(*args):
+            keep(output := call(*args))
+            return output
+
+        network.next_scale = next_scale
+    else:
+        network.register_forward_hook(lambda module, inputs, output: keep(output))
+    return outputs
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from benchmarks.gpu.card import tf32
 from benchmarks.gpu.parity import faster
 from benchmarks.gpu.targets import Target, build, compute_in
 from benchmarks.overhead import Clock
-from neon import cost
 from neon.data import encode_png
 from neon.measure.features import load_extractor
 from neon.measure.metrics import Moments, Reference, frechet, kid
@@ -26,6 +25,7 @@ from neon.plan import sampled as cost_of_sampling
 from neon.sampling import Streams
 
 FEWER = (2, 4)  # steps that are timed where there are more
+SIDES = (32, 64, 256, 512)  # of the presets' images
 DEPENDS = "its calls share a cache that grows, so their shapes are not static"
 
 
@@ -155,9 +155,8 @@ def parts(bench: Bench) -> Iterator[Measurement]:
         yield Measurement(f"{target.name}, random numbers", 40, partial(random_numbers, bench, target))
     for target in bench.targets:
         yield Measurement(f"{target.name}, decoding", 40, partial(decoding, bench, target))
-    sides = [8] if bench.rehearse else sorted({cost.image_shape(t.family, t.network)[1] for t in presets_of(bench)})
     for precision in ("float32", "tf32"):
-        for side in sides:
+        for side in [8] if bench.rehearse else SIDES:
             name = f"Inception, {side} pixels, {precision}"
             yield Measurement(name, 15, partial(features, bench, side, PRECISIONS[precision][1]))
     yield Measurement("moments of features", 10, partial(moments, bench))
@@ -165,10 +164,6 @@ def parts(bench: Bench) -> Iterator[Measurement]:
     yield Measurement("KID of features", 30, partial(kernel_distance, bench))
     for kind in ("pageable", "pinned"):
         yield Measurement(f"images to the host, {kind}", 10, partial(copies, bench, kind == "pinned"))
-
-
-def presets_of(bench: Bench) -> list[Target]:
-    return [target for target in bench.targets if target.network != "digits"]
 
 
 def random_numbers(bench: Bench, target: Target) -> dict:
