@@ -21,6 +21,7 @@ from benchmarks.gpu.card import Card, StandIn
 from benchmarks.gpu.targets import presets, rehearsed
 from neon import NeonError
 from neon.cli import command_line
+from neon.stop import leaves
 
 RESULTS = ROOT / "results/gpu"
 # In the order in which they run: what is quick and what others need first.
@@ -84,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.replace:
         known = {name: rows for name, rows in known.items() if name not in only}
     write = writer(path, about, page.one_card)
-    with tempfile.TemporaryDirectory(prefix="neon-gpu-") as scratch:
+    left = leaves(f"what was measured is in {path}; the same command measures the rest")
+    with left, tempfile.TemporaryDirectory(prefix="neon-gpu-") as scratch:
         bench = Bench(card, rehearsed() if args.rehearse else presets(), Path(scratch), args.rehearse)
         rows = run(SECTIONS, bench, only, args.minutes, known, lambda rows: write(speed.with_ratios(rows)))
     write(speed.with_ratios(rows))

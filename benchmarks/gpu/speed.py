@@ -143,7 +143,7 @@ def at_all_steps(target: Target, measure: Callable[[Mapping], float]) -> float:
     if steps <= more:
         return measure(options)
     first, last = (measure({**options, step: n}) for n in FEWER)
-    return first + (steps - few) * (last - first) / (more - few)
+    return first + (steps - few) * max(last - first, 0) / (more - few)  # a clock can be off by more than is measured
 
 
 # ---------------------------------------------------------------- the rest of an evaluation

@@ -75,10 +75,10 @@ def build(family: Family, network: str, device: torch.device | str, vae: Mapping
     """A model of random weights, the same at each call on one kind of device, in eval mode, its autoencoder included.
 
     vae: constructor options of the autoencoder that are changed. options: as of family.create. It is made on the
-    device: the largest networks take a minute on a CPU.
+    device, for the largest networks take a minute on a CPU; not pipelines, whose schedulers stay on the CPU.
     """
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device("cpu" if family.name == "diffusers" else device):
         if family.name in AROUND:
             model = family.hollow(network, **options)
             AROUND[family.name](family, model, vae)
