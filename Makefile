@@ -80,8 +80,7 @@ campaign: setup
 
 # What a GPU makes of it, at most 20 minutes: results/gpu and docs/gpu.md. ARGS="--rehearse" needs no GPU.
 gpu-check: setup
-	python -m benchmarks.gpu $(ARGS)
-	python -m benchmarks.gpu.page
+	python -m benchmarks.gpu $(ARGS); status=$$?; python -m benchmarks.gpu.page && exit $$status
 
 lint: setup
 	ruff check

