@@ -160,6 +160,16 @@ def test_known_rows_are_kept_and_missing_ones_measured(rehearsal):
     assert run(rehearsal, both, known=known, only=()) == known
 
 
+def test_what_is_written_in_between_has_the_rows_that_are_kept(rehearsal):
+    """A run that is killed early loses nothing of the one before."""
+    both = [Measurement("x", 1, lambda: {"n": 1}), Measurement("y", 1, lambda: {"n": 2})]
+    known, written = {"a": [{"name": "y", "n": 0}], "b": [{"name": "z"}]}, []
+    sections = {"a": lambda _: both, "b": lambda _: []}
+    benches.run(sections, rehearsal, ["a"], 1, known, lambda rows: written.append(rows))
+    (rows,) = written
+    assert [row["n"] for row in rows["a"]] == [1, 0] and rows["b"] == known["b"]
+
+
 def test_rows_of_other_code_or_another_card_are_not_kept(tmp_path):
     path = tmp_path / "gpu-a.json"
     rows = {"rates": [{"name": "float32", "tflops": 1.0}]}

@@ -130,21 +130,22 @@ def run(
     known: rows of an earlier run of the same code, which are kept, unless they say 'not measured'. write(rows): called
     after each measurement. What no longer fits into the minutes becomes a row that says so.
     """
-    clock = Clock(minutes)
+    limit = Limit(minutes)
     rows = {section: list(known.get(section, ())) for section in sections}
     for section in only:
         kept = {row["name"]: row for row in rows[section] if "not measured" not in row}
-        rows[section] = []
+        done = []
         for measurement in sections[section](bench):
-            row = kept.get(measurement.name) or one(measurement, bench, clock)
-            rows[section].append(row)
-            if measurement.name not in kept:
-                print(f"{section:10s} {said(row)}", flush=True)
-                write(rows)
+            row = kept.pop(measurement.name, None)
+            done.append(row or one(measurement, bench, limit))
+            if row is None:
+                print(f"{section:10s} {said(done[-1])}", flush=True)
+                write(rows | {section: [*done, *kept.values()]})  # also those whose turn has not come
+        rows[section] = done
     return rows
 
 
-class Clock:
+class Limit:
     """How much of the time is left, and whether the card still answers."""
 
     def __init__(self, minutes: float):
@@ -157,10 +158,10 @@ class Clock:
         return "" if time.monotonic() + needs <= self.end else f"the {self.minutes:g} minutes were over"
 
 
-def one(measurement: Measurement, bench: Bench, clock: Clock) -> dict:
+def one(measurement: Measurement, bench: Bench, limit: Limit) -> dict:
     """The row of a measurement: what it returns, or {'error': …}, or {'not measured': why}."""
     row = {"name": measurement.name}
-    if reason := clock.refuses(0 if bench.rehearse else measurement.needs):
+    if reason := limit.refuses(0 if bench.rehearse else measurement.needs):
         return row | {"not measured": reason}
     bench.card.clear()
     started = time.monotonic()
@@ -168,7 +169,7 @@ def one(measurement: Measurement, bench: Bench, clock: Clock) -> dict:
         found = measurement.measure()
     except Exception as error:  # of any library: the other rows are still wanted
         found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        clock.broken = _broken(bench.card, measurement.name)
+        limit.broken = _broken(bench.card, measurement.name)
     return row | found | {"seconds": round(time.monotonic() - started, 1)}
 
 
