@@ -243,6 +243,18 @@ def test_a_network_that_differs_is_not_within_tolerance(rehearsal, monkeypatch, 
     assert not row["passed"] and row["network"] > 1e-3 and row["gradient"] > 1e-3
 
 
+def test_codes_of_images_are_found_without_tf32(rehearsal, monkeypatch):
+    seen = []
+    allowed = torch.backends.cuda.matmul
+    encode = parity.var_family.VQVAE.encode
+    monkeypatch.setattr(
+        parity.var_family.VQVAE, "encode", lambda self, x: seen.append(allowed.allow_tf32) or encode(self, x)
+    )
+    before = allowed.allow_tf32
+    assert parity.compared(rehearsal.card, Case(get_family("var"), "digits", parity.DIGITS["var"]), "tf32")["passed"]
+    assert seen == [False, False] and allowed.allow_tf32 == before
+
+
 def test_noise_of_the_cpu_on_any_device():
     """Streams of another device draw on the CPU and move it there: the meta device has no values to draw."""
     wanted = Streams([1, 2]).randn((3,))
