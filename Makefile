@@ -5,7 +5,7 @@ export PATH := $(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::UserWarning:multiprocessing.resource_tracker
 
 .PHONY: setup demo mini mini-ablations mini-methods mini-controls mini-rivals fashion fashion-spaces claims test campaign
-.PHONY: lint format lock clean
+.PHONY: gpu-check lint format lock clean
 
 setup: .venv/installed
 
@@ -77,6 +77,10 @@ test: setup
 # Hostile files and mutated ones, for up to an hour; resumes when it was interrupted. The table of docs/reliability.md.
 campaign: setup
 	python tests/hostile --out docs/reliability.md
+
+# What a GPU makes of it, at most 20 minutes: results/gpu and docs/gpu.md. ARGS="--rehearse" needs no GPU.
+gpu-check: setup
+	python -m benchmarks.gpu $(ARGS); status=$$?; python -m benchmarks.gpu.page && exit $$status
 
 lint: setup
 	ruff check

@@ -164,6 +164,7 @@ def test_the_caller_decides_the_precision_not_the_checkpoint():
     near(half, plain, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @torch.no_grad()
 def test_half_precision_on_cuda():
