@@ -10,7 +10,7 @@ from torch import nn
 
 from neon import Diverged, NeonError
 from neon.precision import autocast, decoder, network
-from neon.sampling import Streams, to_uint8
+from neon.sampling import new_streams, to_uint8
 from pipelines.model import Model
 
 
@@ -22,7 +22,7 @@ def sample(model: Model, seeds: torch.Tensor, labels: torch.Tensor | None, sampl
     """
     device = model.device
     call = model.kind.call(labels, len(seeds), model.prompts) | _options(model, sampling)
-    generators = Streams(seeds, device).generators
+    generators = new_streams(seeds, device).generators
     before = _states(device)
     with _watched(model.network, len(seeds)):
         images = _images(model, generators, call)

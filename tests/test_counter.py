@@ -1,5 +1,6 @@
 """Streams by a counter: Philox as published, a row for each seed whatever the batch, and `--streams counter`."""
 
+import dataclasses
 import json
 import math
 
@@ -13,6 +14,7 @@ from neon import NeonError, counter
 from neon.counter import Counted, philox
 from neon.distributed import World
 from neon.dropout import dropout, masks_of
+from neon.family import get_family
 from neon.sampling import Streams, drawn_by, new_streams
 
 # Known answers of Random123, the authors' library: counter, key → output.
@@ -113,8 +115,11 @@ def test_results_say_which_streams_they_are_of():
 
 
 def test_a_sampler_that_needs_generators_says_so():
-    with pytest.raises(NeonError, match="leave out --streams counter"):
-        _ = Counted([1]).generators
+    family = get_family("diffusers")
+    model, options = family.create("digits", device="cpu"), dataclasses.asdict(family.Sampling())
+    seeds = torch.arange(2)
+    with drawn_by("counter"), pytest.raises(NeonError, match="leave out --streams counter"):
+        family.sample(model, seeds, family.labels(model, seeds), **options)
 
 
 def test_generate_evaluate_search_final_and_grid(mini, tmp_path):

@@ -169,11 +169,9 @@ def parts(bench: Bench) -> Iterator[Measurement]:
 
 def random_numbers(bench: Bench, target: Target) -> dict:
     """Milliseconds an image in which its stream is set up and drawn from."""
-    from VAR import sampler as var
-
     if target.family.name == "diffusers":
         return {"not measured": "its pipeline draws them"}
-    watched = [(Streams, "_stack"), (Streams, "randint"), (var, "exponentials")]
+    watched = [(Streams, "_stack"), (Streams, "randint"), (Streams, "exponential")]
     return per_image(bench, target, watched)
 
 
