@@ -24,6 +24,8 @@ from neon.cli import main
 
 OUT = "made"
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}  # and the exit status after them
+SMALLEST = 100  # bytes of a file that a full disk still takes: that of a lock has fewer
+SOON = 0.5  # of an unbroken run's seconds: in this time a signal is heard, and what can be saved is saved
 BEGUN = 0.02  # seconds of computing after which a command attends to signals
 
 
@@ -147,10 +149,14 @@ def stopped(run: Callable, ranks: int, whole: Whole, random: Random) -> None:
         job = Job(run, ranks)
         if job.until(max(BEGUN, whole.seconds * random.random())):
             job.signal(number)
+        then = job.processes[0].seconds
         ended = job.end()
+        if ranks == 1 and ended[0].seconds - then > SOON * whole.seconds + BEGUN:
+            raise Finding("hang", f"it computed {ended[0].seconds - then:.1f} s more after the signal")
         allowed = {SIGNALS[number], 0} | ({-number} if difference(contents(Path(OUT)), whole.found) is None else set())
-        for process in ended:
-            _is_calm(process, allowed, lines=0 if process.status == 0 or process is not ended[0] else 1)
+        _is_calm(ended[0], allowed, lines=1 if ended[0].status else 0)
+        for process in ended[1:]:
+            _is_calm(process, {*allowed, -signal.SIGTERM}, lines=0)  # the launcher stops those that still run
         said, name = ended[0].said, signal.Signals(number).name
         if said and not (said.startswith(f"stopped by {name}: ") and number != signal.SIGINT):
             raise Finding("lines", f"{name}: {said}")
@@ -159,14 +165,13 @@ def stopped(run: Callable, ranks: int, whole: Whole, random: Random) -> None:
 
 def filled(run: Callable, ranks: int, whole: Whole, random: Random) -> None:
     """No file may grow beyond a size, as on a disk that is full then. Raises NeonError if the command needs more."""
-    sizes = sorted({len(data) for data in whole.found.values() if isinstance(data, bytes)} | {2000})
-    largest = random.choice([random.randrange(200, sizes[-1] + 200), random.choice(sizes) - 1])
+    largest = random.choice([random.randrange(SMALLEST, SMALLEST + whole.sizes[-1]), random.choice(whole.sizes) - 1])
     with _cleared():
-        ended = Job(run, ranks, max(largest, 200)).end()
-        for process in ended:
-            _is_calm(process, {0, 1, SIGNALS[signal.SIGTERM]}, lines=1 if process.status else 0)
+        ended = Job(run, ranks, max(largest, SMALLEST)).end()
+        for process in ended:  # of which the launcher stops some
+            _is_calm(process, {0, 1, SIGNALS[signal.SIGTERM], -signal.SIGTERM}, lines=1 if process.status else 0)
         _nothing_unfinished(Path(OUT))
-        said = [process.said.strip() for process in ended if process.status == 1]
+        said = [process.said.strip() for process in ended if process.status == 1 and process is ended[0]]
         if said and not any(" full " in line or " free" in line for line in said):
             raise Finding("lines", f"at {largest} bytes: {said}")
         _resumes(run, ranks, whole)

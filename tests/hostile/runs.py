@@ -16,7 +16,6 @@ from pathlib import Path
 
 from processes import files, free_port
 
-from hostile import workers
 from hostile.workers import Finding
 
 CPU, WALL = 120.0, 1200.0  # seconds that a command may compute, and take, until it counts as hanging
@@ -125,8 +124,6 @@ def _fork(run: Callable[[], object], place: dict[str, str], largest: int | None)
 
 def _begin(outward: int, place: dict[str, str], largest: int | None) -> None:
     """What a program finds when it is started: its streams, signals as they are by default, its environment."""
-    if workers.channel is not None:
-        os.close(workers.channel)
     os.dup2(outward, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout = open(1, "w", closefd=False, errors="replace")  # noqa: SIM115
@@ -146,10 +143,11 @@ def _begin(outward: int, place: dict[str, str], largest: int | None) -> None:
 
 @dataclass(frozen=True)
 class Whole:
-    """What an unbroken run leaves, and how long its first process computes."""
+    """What an unbroken run leaves, how many bytes its files have, and how long its first process computes."""
 
     seconds: float
     found: dict[str, object] = field(repr=False)
+    sizes: tuple[int, ...] = ()
 
 
 def unbroken(run: Callable[[], object], out: str, ranks: int = 1) -> Whole:
@@ -157,7 +155,8 @@ def unbroken(run: Callable[[], object], out: str, ranks: int = 1) -> Whole:
     first, *others = Job(run, ranks).end()
     if any(process.status for process in (first, *others)):
         raise Finding("traceback", f"unbroken, it ends with {first.status}: {first.said}")
-    return Whole(first.seconds, contents(Path(out)))
+    sizes = {path.stat().st_size for path in Path(out).rglob("*") if path.is_file()}
+    return Whole(first.seconds, contents(Path(out)), tuple(sorted(sizes)))
 
 
 def contents(folder: Path) -> dict[str, object]:

@@ -54,21 +54,22 @@ def outcomes(
     limits = limits or Limits(SECONDS, WALL)
     size = min(BATCH, -(-len(items) // (jobs * SHARES if jobs > 1 else 1)) or 1)
     waiting = deque(range(i, min(i + size, len(items))) for i in range(0, len(items), size))
-    running: dict[int, _Process] = {}
+    running: list[_Process] = []
     found: dict[int, tuple[str, str]] = {}
     try:
         for number in range(len(items)):
             while number not in found:
                 while waiting and len(running) < jobs:
-                    process = _Process(work, items, waiting.popleft(), limits)
-                    running[process.inward] = process
-                for ready in select.select(list(running), [], [])[0]:
-                    found |= running[ready].read()
-                    if running[ready].over and (left := running.pop(ready).left):
-                        waiting.appendleft(left)
+                    running.append(_Process(work, items, waiting.popleft(), limits))
+                select.select([file for process in running for file in process.files], [], [])
+                for process in running:
+                    found |= process.read()
+                    if process.over and process.left:
+                        waiting.appendleft(process.left)
+                running = [process for process in running if not process.over]
             yield found.pop(number)
     finally:  # also if the caller has seen enough
-        for process in running.values():
+        for process in running:
             process.end()
 
 
@@ -78,22 +79,31 @@ class _Process:
     def __init__(self, work: Callable, items: Sequence, numbers: range, limits: Limits):
         self.left, self.over, self._text = numbers, False, b""
         self._folder = tempfile.TemporaryDirectory(prefix="neon-hostile-")
-        self.inward, outward = os.pipe()
+        inward, outward = os.pipe()
         self._pid = os.fork()
         if not self._pid:
-            os.close(self.inward)
+            os.close(inward)
             _child(work, [items[number] for number in numbers], self._folder.name, outward, limits)
         os.close(outward)
+        os.set_blocking(inward, False)
+        # Something to read; or it has ended, though what it has started may still hold the pipe.
+        self.files = (inward, os.pidfd_open(self._pid))
 
     def read(self) -> dict[int, tuple[str, str]]:
         """What is new: the outcomes of these numbers. `over` if there will be no more."""
-        data = os.read(self.inward, 2**16)
-        if not data:
-            return self._died()
-        *lines, self._text = (self._text + data).split(b"\n")
+        ended = bool(select.select([self.files[1]], [], [], 0)[0])  # asked first, so that no line comes afterwards
+        while data := self._available():
+            self._text += data
+        *lines, self._text = self._text.split(b"\n")
         outcomes = [tuple(line.decode(errors="replace").partition("\t")[::2]) for line in lines]
         numbers, self.left = self.left[: len(lines)], self.left[len(lines) :]
-        return dict(zip(numbers, outcomes, strict=True))
+        return dict(zip(numbers, outcomes, strict=True)) | (self._died() if ended else {})
+
+    def _available(self) -> bytes:
+        try:
+            return os.read(self.files[0], 2**16)
+        except BlockingIOError:
+            return b""
 
     def _died(self) -> dict[int, tuple[str, str]]:
         status = self.end()
@@ -111,20 +121,20 @@ class _Process:
         _, status = os.waitpid(self._pid, 0)
         with suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)
-        os.close(self.inward)
+        for file in self.files:
+            os.close(file)
         self._folder.cleanup()
         return status
 
 
 _limits = Limits(0, 0)  # of the items of this process
-channel: int | None = None  # where a process of `outcomes` writes; who forks in it closes this
 
 
 def _child(work: Callable, items: Sequence, folder: str, outward: int, limits: Limits):
     """Never returns. Signals end it without a handler: what does not come back to Python hangs too."""
-    global channel, _limits
+    global _limits
     try:
-        channel, _limits = outward, limits
+        _limits = limits
         os.setsid()
         for number in OVER_TIME:
             signal.signal(number, signal.SIG_DFL)
