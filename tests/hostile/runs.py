@@ -89,7 +89,7 @@ class Job:
                 process.look()
             now = time.monotonic()
             if sum(process.seconds for process in self.processes) > CPU or now - began > WALL:
-                self.signal(signal.SIGKILL)
+                self._kill()
                 used = [round(process.seconds, 1) for process in self.processes]
                 raise Finding("hang", f"after {now - began:.0f} s, of which it computed {used}")
             if failed is None and any(process.status for process in self.processes):
@@ -99,6 +99,13 @@ class Job:
                 self.signal(signal.SIGKILL)
             time.sleep(LOOK)
         return self.processes
+
+    def _kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        while any(process.status is None for process in self.processes):
+            for process in self.processes:
+                process.look()
+            time.sleep(LOOK)
 
 
 def _fork(run: Callable[[], object], place: dict[str, str], largest: int | None) -> _Forked:
