@@ -138,7 +138,7 @@ def killed(run: Callable, ranks: int, whole: Whole, random: Random) -> None:
                 who = random.choice([job.processes, [random.choice(job.processes)]])
                 for process in who:
                     process.signal(signal.SIGKILL)
-            job.end()
+            job.end(patience=0)
         _resumes(run, ranks, whole)
 
 

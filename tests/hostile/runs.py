@@ -19,6 +19,7 @@ from processes import files, free_port
 from hostile.workers import Finding
 
 CPU, WALL = 120.0, 1200.0  # seconds that a command may compute, and take, until it counts as hanging
+PATIENCE = 5.0  # seconds until the others are stopped when one has failed: on a busy machine they say why meanwhile
 GRACE = 30.0  # seconds that torchrun gives the other processes when one has ended with an error
 LOOK = 0.002  # seconds between two looks at a process
 
@@ -79,11 +80,11 @@ class Job:
         for process in self.processes:
             process.signal(number)
 
-    def end(self) -> list[_Forked]:
+    def end(self, patience: float = PATIENCE) -> list[_Forked]:
         """Wait for all. As torchrun does: when one has failed, the others get SIGTERM and, much later, SIGKILL.
 
-        Raises Finding if they compute or take too long."""
-        began, failed = time.monotonic(), None
+        patience: seconds before the SIGTERM; torchrun has none. Raises Finding if they compute or take too long."""
+        began, failed, asked = time.monotonic(), None, False
         while any(process.status is None for process in self.processes):
             for process in self.processes:
                 process.look()
@@ -94,8 +95,10 @@ class Job:
                 raise Finding("hang", f"after {now - began:.0f} s, of which it computed {used}")
             if failed is None and any(process.status for process in self.processes):
                 failed = now
+            if failed is not None and not asked and now - failed >= patience:
+                asked = True
                 self.signal(signal.SIGTERM)
-            elif failed and now - failed > GRACE:
+            if failed is not None and now - failed > patience + GRACE:
                 self.signal(signal.SIGKILL)
             time.sleep(LOOK)
         return self.processes
