@@ -74,7 +74,8 @@ claims: setup
 test: setup
 	pytest
 
-# Hostile files and mutated ones, for up to an hour; resumes when it was interrupted. The table of docs/reliability.md.
+# Hostile files and mutated ones, commands that are killed, stopped or without room, and worlds of all families, for up
+# to an hour; resumes when it was interrupted. The table of docs/reliability.md.
 campaign: setup
 	python tests/hostile --out docs/reliability.md
 

@@ -13,6 +13,7 @@ import hashlib
 import html
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -89,7 +90,8 @@ def page(notebooks: Sequence[str | Path], title: str) -> str:
 
 
 def _cells(path: Path) -> list:
-    with reading(path, "not a notebook"):
+    with reading(path, "not a notebook"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about fields that the page does not need, such as ids of cells
         return nbformat.read(path, as_version=4).cells
 
 

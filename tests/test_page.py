@@ -130,3 +130,10 @@ def test_a_browser_shows_the_page_without_barriers(tab, committed, width):
     tab.value((Path(axe.__file__).parent / "axe.min.js").read_text() + ";0")
     wrong = tab.value("axe.run().then(r => r.violations.map(v => v.help + ': ' + v.nodes[0].html.slice(0, 200)))")
     assert wrong == []
+
+
+def test_a_notebook_without_ids_is_no_warning(tmp_path, recwarn):
+    cell = '{"cell_type": "markdown", "metadata": {}, "source": "text"}'
+    (tmp_path / "a.ipynb").write_text(f'{{"cells": [{cell}], "metadata": {{}}, "nbformat": 4, "nbformat_minor": 5}}')
+    assert "<p>text</p>" in page([tmp_path / "a.ipynb"], "title")
+    assert not recwarn.list

@@ -527,6 +527,7 @@ def parquet_files() -> Iterator[Case]:
         yield Case(f"parquet {name}", "a.parquet", _reference, _parquet(table))
     yield Case("parquet no columns", "a.parquet", _reference, _parquet({}))
     yield Case("parquet labels doubled", "a.parquet", _reference, _doubled)
+    yield Case("parquet a column of another kind", "a.parquet", _reference, _required)
     for name, data in {"empty": b"", "text": b"text", "ends only": b"PAR1PAR1", "cut": b"PAR1" + bytes(40)}.items():
         yield Case(f"parquet {name}", "a.parquet", _reference, written(data))
 
@@ -548,6 +549,15 @@ def _doubled(path, world):
     image = pyarrow.array([{"bytes": _png(), "path": None}])
     table = pyarrow.Table.from_arrays([image, pyarrow.array([1]), pyarrow.array([2])], ["image", "label", "label"])
     pyarrow.parquet.write_table(table, path)
+
+
+def _required(path, world):
+    """The bytes of images may not be missing, says the schema, and the column's histogram does not go with that."""
+    _parquet({"image": [{"bytes": _png(), "path": None}]})(path, world)
+    optional, required = b"\x25\x02\x18\x05bytes", b"\x25\x00\x18\x05bytes"
+    data = path.read_bytes()
+    assert data.count(optional) == 1
+    path.write_bytes(data.replace(optional, required))
 
 
 # ---------------------------------------------------------------- records

@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from hostile import campaign as campaigns
 from hostile import workers
 from hostile.campaign import BAD, MARKS, Part, Record, campaign, put, table
 from hostile.files import EXECUTED
-from hostile.workers import Finding, outcomes
+from hostile.workers import Finding, apart, outcomes, untimed
 from neon import NeonError
 
 
@@ -28,11 +31,17 @@ def two_lines(number):
     raise NeonError("two\nlines")
 
 
+def compute(number):
+    while True:
+        pass
+
+
 PLANTED = {
     "a traceback": (lambda number: [][number], "traceback"),
     "a crash": (lambda number: os.kill(os.getpid(), signal.SIGSEGV), "traceback"),
     "two lines": (two_lines, "traceback"),
-    "a hang": (lambda number: time.sleep(10), "hang > 5 s"),
+    "a hang": (compute, "hang > 5 s"),
+    "a wait": (lambda number: time.sleep(100), "hang > 5 s"),
     "memory": (lambda number: bytearray(workers.MEMORY + 2**30), "memory > 2 GB"),
     "a program": (lambda number: Path(EXECUTED).touch(), "executed"),
     "a lost row": (lost, "lost"),
@@ -46,6 +55,7 @@ def part(work, count=2):
 @pytest.mark.parametrize("name", PLANTED)
 def test_what_is_planted_lands_in_its_column(name, monkeypatch, capsys):
     monkeypatch.setattr(workers, "SECONDS", 0.3)
+    monkeypatch.setattr(workers, "WALL", 2)
     work, column = PLANTED[name]
     one, record = part(lambda number: work(number) if number else None), Record(None, "")
     assert campaign([one], record) == 1
@@ -68,9 +78,85 @@ def test_a_case_that_was_slow_once_is_no_hang(monkeypatch, tmp_path):
     def slow_once(number):
         if not (tmp_path / "seen").exists():
             (tmp_path / "seen").touch()
-            time.sleep(5)
+            compute(number)
 
     assert campaign([part(slow_once)], Record(None, "")) == 0
+
+
+def test_only_computing_counts_and_not_the_making_of_an_input(monkeypatch):
+    monkeypatch.setattr(workers, "SECONDS", 0.3)
+
+    def work(number):
+        if number == 0:
+            time.sleep(0.5)
+        elif number == 1:
+            with untimed():
+                busy(0.5)
+        else:
+            with untimed():
+                pass
+            busy(0.5)
+
+    assert [kind for kind, _ in outcomes(work, range(3))] == ["read", "read", "hang"]
+
+
+def busy(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_outcomes_are_in_order_whatever_ends_first_or_dies(jobs):
+    def work(number):
+        if number % 5 == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number < 10:
+            time.sleep(0.02)
+        raise Finding("lost", str(number))
+
+    found = list(outcomes(work, range(100, 140), jobs))
+    wanted = [("crash", "signal 9") if number % 5 == 0 else ("lost", str(number)) for number in range(100, 140)]
+    assert found == wanted
+
+
+def test_several_processes_work_at_a_time():
+    """Each waits for the other."""
+
+    def work(number):
+        Path(folder, str(number)).touch()
+        while not Path(folder, str(1 - number)).exists():
+            time.sleep(0.01)
+
+    with tempfile.TemporaryDirectory() as folder:
+        assert [kind for kind, _ in outcomes(work, range(2), jobs=2)] == ["read", "read"]
+
+
+def test_what_a_process_has_started_ends_with_it(tmp_path):
+    def work(number):
+        child = os.fork()
+        if not child:
+            time.sleep(100)
+        (tmp_path / "pid").write_text(str(child))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert [kind for kind, _ in outcomes(work, [0])] == ["crash"]
+    child = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{child}/stat").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_apart_leaves_no_thread_here():
+    def threads():
+        ThreadPoolExecutor(2).submit(time.sleep, 0)
+        return threading.active_count()
+
+    before = threading.active_count()
+    assert apart(threads) > before == threading.active_count()
+    with pytest.raises(RuntimeError, match="failed in its process"):
+        apart(lambda: 1 / 0)
 
 
 def test_it_resumes_after_finished_cases_of_the_same_code(monkeypatch, tmp_path):

@@ -3,15 +3,17 @@
 import errno
 import os
 import subprocess
-import sys
 from collections import namedtuple
+from functools import partial
 
 import pytest
 import torch
-from processes import BIN, ROOT, error_of, words
+from processes import BIN, error_of, words
 from test_selftrain import selftrain
 
+from hostile.runs import Job
 from neon import NeonError
+from neon.cli import main
 from neon.files import atomic, check_room, filling, free_bytes
 from neon.measure.rows import Rows
 
@@ -66,29 +68,17 @@ def test_selftrain_says_before_the_first_step_that_its_state_has_no_room(mini, t
     assert " needs " in said and said.endswith("the disk has 10,000 bytes free") and os.listdir(tmp_path) == []
 
 
-LIMIT = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-from neon.cli import main
-main(sys.argv[2:])
-"""
-
-
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 @pytest.mark.parametrize("limit", [100, 500_000, 1_601_000])
 def test_a_disk_that_fills_up_in_the_middle(pair, kind, limit):
     """A file may not grow beyond so many bytes: at the last size only what torch adds to the tensors is too much."""
     out = pair / "out"
-    command = words(merging(pair, kind, out))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", LIMIT, str(limit), *command], capture_output=True, text=True, env=environment
-    )
+    (done,) = Job(partial(main, words(merging(pair, kind, out))), largest=limit).end()
     if (kind, limit) == ("safetensors", 1_601_000):
-        assert done.returncode == 0
+        assert done.status == 0
         return
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "the disk is full (" in done.stderr and "needs 1,6" in done.stderr.replace(f"{out}", "")
+    assert done.status == 1 and done.said.count("\n") == 1
+    assert "the disk is full (" in done.said and "needs 1,6" in done.said.replace(f"{out}", "")
     assert not any(out.iterdir())
 
 

@@ -48,6 +48,7 @@ def test_a_bug_in_a_reader_is_found(reader):
 
 def test_crashes_hangs_memory_and_programs_are_found_and_the_rest_is_read(monkeypatch):
     monkeypatch.setattr(workers, "SECONDS", 0.3)
+    monkeypatch.setattr(workers, "WALL", 2)
 
     def faulty(path):
         number = sum(path.read_bytes()) % 7

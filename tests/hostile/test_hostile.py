@@ -1,11 +1,9 @@
 """No hostile input ends in a traceback, a wait, or a file: each is refused in one line."""
 
-import importlib
 import signal
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 
 from hostile import judged
@@ -41,16 +39,7 @@ def below(folder: Path) -> set[Path]:
 @pytest.fixture(scope="module", autouse=True)
 def imported():
     """What a command would import within the seconds of its first case."""
-    for name in (
-        "report.page",
-        "report.metrics",
-        "neon.cli.commands",
-        "neon.cli.plan",
-        "pyarrow.parquet",
-        "torch_fidelity",
-    ):
-        importlib.import_module(name)
-    nbformat.validate(nbformat.v4.new_notebook())
+    judged.import_all()
 
 
 @pytest.mark.timeout(60)
