@@ -31,6 +31,13 @@ class Streams:
     def __len__(self) -> int:
         return len(self.seeds)
 
+    def copy(self) -> "Streams":
+        """Streams that will draw what these would draw next."""
+        other = Streams(self.seeds, self.device)
+        if "generators" in vars(self):  # something was drawn
+            other.generators = [generator.clone_state() for generator in self.generators]
+        return other
+
     def randn(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Standard normals, (N, *shape)."""
         return self._stack(torch.randn, shape, dtype)
