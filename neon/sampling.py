@@ -5,6 +5,7 @@ batch it is made in and however many processes share the work.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -33,7 +34,7 @@ class Streams:
 
     def copy(self) -> "Streams":
         """Streams that will draw what these would draw next."""
-        other = Streams(self.seeds, self.device)
+        other = copy(self)
         if "generators" in vars(self):  # something was drawn
             other.generators = [generator.clone_state() for generator in self.generators]
         return other
