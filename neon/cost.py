@@ -27,6 +27,7 @@ from neon.family import Family, NoiseMap, Recipe, named, noise_map_of
 from neon.guidance import Guide, check_guidable
 from neon.measure.features import load_extractor
 from neon.precision import DTYPES, autocast, on_meta
+from neon.recompute import HELD, blocks_of
 
 META = torch.device("meta")
 UNCOUNTED = {F.gelu, F.silu, F.layer_norm, F.group_norm, F.rms_norm, F.normalize, torch.clamp, torch.Tensor.clamp}
@@ -214,6 +215,27 @@ def image_shape(family: Family, network: str | Path) -> tuple[int, int, int]:
     """(C, H, W) of what the family samples."""
     options, steps = family.countable(_defaults(family))
     return _sampling(family, network, tuple((options | ({steps: 2} if steps else {})).items()))[1]
+
+
+def training_memory(
+    family: Family, network: str | Path, recipe: Recipe, processes: int, sharded: bool, recompute: bool
+) -> tuple[float, float]:
+    """Bytes that each process needs next to activations: at all times (weights, gradients, moments, the average; what
+    is frozen), and in addition within a step (gathered weights and their gradients, copies in half precision)."""
+    model = family.hollow(network, **recipe.network)
+    trained = family.weights(model)
+    parameters, blocks = _bytes(dict(trained.named_parameters())), list(map(_bytes_of, blocks_of(trained)))
+    held, two = parameters * (4 + (recipe.ema_beta() is not None)), 2 * max(blocks, default=parameters)
+    frozen = _bytes(dict(model.named_parameters())) - parameters
+    copies = (two / 2 if sharded and recompute else parameters) / 2 if recipe.precision != "float32" else 0
+    if not sharded:
+        return held + frozen, copies
+    gathered = parameters if parameters <= HELD else min(parameters - sum(blocks) + two, parameters)
+    return held / processes + frozen, copies + 2 * gathered
+
+
+def _bytes_of(module: torch.nn.Module) -> int:
+    return _bytes(dict(module.named_parameters()))
 
 
 def sizes(family: Family, network: str | Path) -> tuple[int, int, int]:

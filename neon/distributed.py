@@ -60,6 +60,37 @@ class World:
                 bucket.append(tensor)
                 room -= tensor.numel() * tensor.element_size()
 
+    def agree(self, problem: str | None, value=None):
+        """The first rank's value, on every rank. Raises NeonError on all of them if one has a problem."""
+        found = self.gather((problem, value))
+        if problem := next((problem for problem, _ in found if problem), None):
+            raise NeonError(problem)
+        return found[0][1]
+
+    def of_first(self, function: Callable):
+        """function() of the first rank, on every rank; a NeonError or OSError that it raises, too, as NeonError."""
+        value = problem = None
+        if self.rank == 0:
+            try:
+                value = function()
+            except (NeonError, OSError) as error:
+                problem = str(error)
+        return self.agree(problem, value)
+
+    def in_turn(self, function: Callable):
+        """function() on every rank, on those of a host one after the other; a NeonError of one of them on all."""
+        place = int(os.environ.get("LOCAL_RANK", self.rank))
+        value = None
+        for turn in range(max(self.gather(place)) + 1):
+            problem = None
+            if turn == place:
+                try:
+                    value = function()
+                except NeonError as error:
+                    problem = str(error)
+            self.agree(problem)
+        return value
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -71,13 +102,15 @@ def rank() -> int:
 
 
 @contextmanager
-def world(device: str | None = None, tf32: bool = False, streams: str = "torch") -> Iterator[World]:
+def world(
+    device: str | None = None, tf32: bool = False, streams: str = "torch", joined: bool = False
+) -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be alone.
 
     device: 'cuda', 'cpu' or None for the GPU of this local rank if there is one. tf32: allow TensorFloat-32 in float32
     products and convolutions on a GPU; PyTorch allows it in convolutions by default, which moves results by about 1e-3.
-    streams: the kind of random streams inside.
-    Raises NeonError if there is no GPU for this process.
+    streams: the kind of random streams inside. joined: make a process group of one process, too. Raises NeonError if
+    there is no GPU for this process.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,14 +125,16 @@ def world(device: str | None = None, tf32: bool = False, streams: str = "torch")
     if device == "cpu":
         torch.set_flush_denormal(True)  # zero-initialised layers make denormals, which are several times slower
     size = int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    joined = joined or size > 1
+    if joined:
+        alone = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", **alone)
     try:
         with drawn_by(streams):
             yield World(rank(), size, torch.device(device), tf32, streams)
-        if size > 1:
+        if joined:
             dist.barrier()
     finally:
         torch.set_flush_denormal(False)
-        if size > 1:
+        if joined:
             dist.destroy_process_group()

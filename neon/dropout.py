@@ -19,12 +19,24 @@ _streams: Streams | None = None  # of the images in the forward pass that runs n
 @contextmanager
 def masks_of(seeds: torch.Tensor, device: torch.device | str) -> Iterator[None]:
     """Inside, row i of whatever `dropout` is given belongs to the image with stream seeds[i]; seeds: (n,) int64."""
+    with drawn_from(new_streams(seeds, device)):
+        yield
+
+
+@contextmanager
+def drawn_from(streams: Streams | None) -> Iterator[None]:
+    """Inside, masks are drawn from these streams, as `copied` gives them."""
     global _streams
-    outer, _streams = _streams, new_streams(seeds, device)
+    outer, _streams = _streams, streams
     try:
         yield
     finally:
         _streams = outer
+
+
+def copied() -> Streams | None:
+    """The streams of the masks to come, so that they can be drawn twice; None outside of `masks_of`."""
+    return None if _streams is None else _streams.copy()
 
 
 def dropout(x: torch.Tensor, p: float, training: bool = True) -> torch.Tensor:

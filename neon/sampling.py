@@ -6,6 +6,7 @@ batch it is made in and however many processes share the work.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -31,6 +32,13 @@ class Streams:
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+    def copy(self) -> "Streams":
+        """Streams that will draw what these would draw next."""
+        other = copy(self)
+        if "generators" in vars(self):  # something was drawn
+            other.generators = [generator.clone_state() for generator in self.generators]
+        return other
 
     def randn(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Standard normals, (N, *shape)."""

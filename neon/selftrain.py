@@ -6,7 +6,6 @@ they change its result by the order of floating-point sums only.
 """
 
 import json
-import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -25,10 +24,9 @@ from neon.files import check_room, discard, filling, progress, regular, to_json
 from neon.lock import one_writer
 from neon.precision import autocast
 from neon.sampling import part_of
+from neon.state import STATE, Run, difference, identity_of, save
 from neon.stop import Terminated, deferred
-from neon.weights.checkpoint import Weights, check_metadata, open_weights, save_safetensors
-
-STATE = "state.safetensors"
+from neon.whole import Whole
 
 
 def snapshot_name(images: int, kind: str = "snapshot") -> str:
@@ -58,6 +56,7 @@ def train(
     origin: Mapping[str, object] | None = None,
     replace: bool = False,
     raw: bool = False,
+    place: Whole | None = None,
 ) -> list[Path]:
     """Train `model` on `data` for recipe.budget images and return the paths of the snapshots.
 
@@ -71,46 +70,49 @@ def train(
     save_every: images between states (default recipe.snapshot); save_minutes: also a state every so many minutes;
     tensorboard: a folder for the numbers of log.jsonl as TensorBoard reads them;
     raw: where there is an average, also write raw-<images>.safetensors, the weights themselves;
-    replace: delete another run that is there. Raises NeonError if the folder holds another run or anything else, if
-    another process writes there, if the disk has no room for a state and a snapshot, or if weights or loss are not
-    finite (the last snapshot stays); Terminated, with the state saved, if SIGTERM or SIGHUP comes in a block of
-    neon.stop.attended.
+    replace: delete another run that is there;
+    place: how the processes hold the network, with place.model as `model` (default: neon.whole.Whole, each all of it).
+    Raises NeonError if the folder holds another run or anything else, if another process writes there, if the disk has
+    no room for a state and a snapshot, or if weights or loss are not finite (the last snapshot stays); Terminated, with
+    the state saved, if SIGTERM or SIGHUP comes in a block of neon.stop.attended.
     """
     out = Path(out)
     family.check(model, data.shape, data.labels)
-    network = family.weights(model).train().requires_grad_(True)
-    params = dict(network.named_parameters())
+    place = place or Whole(family, lambda device: model, world)
+    params = place.params
     beta = recipe.ema_beta()
     ema = {name: p.detach().clone() for name, p in params.items()} if beta is not None else None
     optimizer = make_optimizer(params, recipe)
     scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "float16")
-    identity = _identity(recipe, seed, world, len(data), origin)
+    run = Run(params, ema, optimizer, scaler)
+    identity = identity_of(recipe, seed, world, len(data), origin)
     if replace:
-        another = bool(_difference(out / STATE, identity))
+        another = bool(difference(out / STATE, identity))
         world.barrier()
         if another and world.rank == 0:
             discard(out)
         world.barrier()
-    images = _restore(out / STATE, identity, params, ema, optimizer, scaler)
+    images = place.restore(out, identity, run)
     if images < recipe.budget and world.rank == 0:
         check_room(out, _bytes_of(params) * (5 if ema else 4))  # a state (weights, two moments, average), a snapshot
     if images == 0:
-        _check_finite(params, 0, out)
+        _check_finite(place, 0, out)
         if world.rank == 0:
-            _save(out / STATE, identity, 0)  # from now on the folder is this run's
+            save(out / STATE, identity, 0)  # from now on the folder is this run's
 
     mine = part_of(recipe.batch, world.rank, world.size)
     idle = mine.start == mine.stop  # more processes than images: computes an image that counts 0, to have gradients
     mine = slice(0, 1) if idle else mine
-    share = mine.stop - mine.start
+    parts = _parts(mine.stop - mine.start, micro_batch)
+    counted = 0 if idle else len(parts)
+    parts += parts[:1] * (place.passes(len(parts)) - len(parts))  # what joins in with other processes counts 0, too
     order = islice(ORDERS[recipe.order](len(data), seed), images, None)
     stream = batches(data, order, recipe.batch, mine)
     generator = torch.Generator(world.device)
-    micro_batch = micro_batch or share
     every = max(recipe.budget // recipe.batch // 100, 1) * recipe.batch
     log = _Log(out / "log.jsonl", images, world, every, tensorboard)
-    metadata = family.metadata(model) | {"data_images": str(len(data))}
-    with deferred() as asked, progress(recipe.budget, "img", "train", world.rank, images) as bar:
+    metadata = place.metadata | {"data_images": str(len(data))}
+    with place.running(), deferred() as asked, progress(recipe.budget, "img", "train", world.rank, images) as bar:
         requests = _Requests(world, asked, save_minutes)
         while images < recipe.budget:
             for group in optimizer.param_groups:
@@ -120,42 +122,52 @@ def train(
             # Random numbers are drawn for the whole step, so that they do not depend on how it is divided.
             draws = family.draw(model, recipe.batch, generator, images=whole, **recipe.loss)
             total = torch.zeros((), device=world.device)
-            for start in range(0, share, micro_batch):
-                part = slice(start, min(start + micro_batch, share))
+            for number, part in enumerate(parts, 1):
+                place.begin_pass(last=number == len(parts))
                 x = pixels[part].to(world.device, non_blocking=True)
                 y = None if labels is None else labels[part].to(world.device, non_blocking=True)
                 own = slice(mine.start + part.start, mine.start + part.stop)
-                weight = 0 if idle else len(x) * world.size / recipe.batch  # gradients are averaged over processes
+                # Gradients are averaged over processes.
+                weight = len(x) * world.size / recipe.batch if number <= counted else 0
                 with autocast(world.device, recipe.precision), masks_of(streams[own], world.device):
                     drawn = rows_of(draws, own.start, own.stop, recipe.batch)
                     loss = family.loss(model, x, y, drawn, **recipe.loss) * weight
                 scaler.scale(loss).backward()
                 total += loss.detach()
-            norm = _step(params, optimizer, scaler, recipe, world)
+            norm = _step(run, recipe, place)
             if ema is not None:
-                _update_average(ema, params, beta)
+                _update_average(place.local(list(ema.values())), place.local(list(params.values())), beta)
 
             due = [_crosses(images, recipe.batch, every) for every in (recipe.snapshot, save_every or recipe.snapshot)]
             images += recipe.batch
             bar.update(recipe.batch)
             last = images >= recipe.budget
-            stop, save = requests.at_step()
-            keep = last or stop or save or any(due)
+            stop, save_now = requests.at_step()
+            keep = last or stop or save_now or any(due)
             if line := log.add(images, total, norm, optimizer.param_groups[0]["lr"], flush=keep):
                 bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
             if last or due[0]:
-                _check_finite(params, images, out)
-                if world.rank == 0:
-                    _write_snapshot(out, images, network, ema, metadata | {"images": str(images)}, raw)
-            if world.rank == 0 and keep:
-                tensors = None if last else _state(params, ema, optimizer)
-                _save(out / STATE, identity, images, tensors, scaler.state_dict())
+                _check_finite(place, images, out)
+                about = metadata | {"images": str(images)}
+                if raw and ema is not None:
+                    place.write(out / snapshot_name(images, "raw"), {}, about)
+                place.write(out / snapshot_name(images), ema or {}, about)
+            if keep:
+                place.save(out, identity, images, run, ended=last)
             if stop and not last:
+                place.settle()
                 world.barrier()  # the launcher ends the others as soon as one has ended: not before the state is there
                 raise Terminated(f"the state after {images} images is saved in {out}; the same command resumes")
+        place.settle()
     log.close()
     world.barrier()
     return snapshots(out)
+
+
+def _parts(share: int, micro_batch: int | None) -> list[slice]:
+    """The images of each forward pass of a process, of its share of a step."""
+    size = micro_batch or share
+    return [slice(start, min(start + size, share)) for start in range(0, share, size)]
 
 
 def _bytes_of(params: Mapping[str, torch.nn.Parameter]) -> int:
@@ -173,27 +185,27 @@ def make_optimizer(params: Mapping[str, torch.nn.Parameter], recipe: Recipe) -> 
     return torch.optim.AdamW(groups, **options)
 
 
-def _step(params, optimizer, scaler, recipe: Recipe, world: World) -> torch.Tensor:
+def _step(run: Run, recipe: Recipe, place: Whole) -> torch.Tensor:
     """One optimizer step from the accumulated gradients; returns their norm before clipping."""
-    grads = [p.grad for p in params.values() if p.grad is not None]
-    world.average(grads)
-    scaler.unscale_(optimizer)
+    grads = [p.grad for p in run.params.values() if p.grad is not None]
+    place.average(grads)
+    run.scaler.unscale_(run.optimizer)
     if recipe.clean_grads:
-        for grad in grads:
+        for grad in place.local(grads):
             torch.nan_to_num_(grad, nan=0.0, posinf=1e5, neginf=-1e5)
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = place.gathered(torch.nn.utils.get_total_norm(grads))
     if recipe.clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(params.values(), recipe.clip, norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
+        torch.nn.utils.clip_grads_with_norm_(run.params.values(), recipe.clip, norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
     return norm
 
 
 @torch.no_grad()
-def _update_average(ema: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor], beta: float) -> None:
+def _update_average(ema: list[torch.Tensor], params: list[torch.Tensor], beta: float) -> None:
     """ema ← params + beta (ema − params)."""
-    torch._foreach_lerp_(list(ema.values()), list(params.values()), 1 - beta)
+    torch._foreach_lerp_(ema, params, 1 - beta)
 
 
 def seed_step(generator: torch.Generator, seed: int, images: int, batch: int, rank: int) -> torch.Tensor:
@@ -210,115 +222,14 @@ def _crosses(images: int, batch: int, every: int) -> bool:
     return (images + batch) // every > images // every
 
 
-def _check_finite(params: Mapping[str, torch.Tensor], images: int, out: Path) -> None:
-    for name, p in params.items():
-        if not p.isfinite().all():
-            raise NeonError(f"{name} is not finite after {images} images; {_last_good(out)}")
+def _check_finite(place: Whole, images: int, out: Path) -> None:
+    if name := place.not_finite():
+        raise NeonError(f"{name} is not finite after {images} images; {_last_good(out)}")
 
 
 def _last_good(out: Path) -> str:
     last = snapshots(out)[-1]
     return "there is no snapshot yet" if last == out else f"the last good snapshot is {last}"
-
-
-def _write_snapshot(out: Path, images: int, network: torch.nn.Module, ema, metadata: dict[str, str], raw: bool) -> None:
-    state = network.state_dict()
-    if raw and ema is not None:
-        save_safetensors(out / snapshot_name(images, "raw"), state, metadata)
-    save_safetensors(out / snapshot_name(images), state | (ema or {}), metadata)
-
-
-def _identity(recipe: Recipe, seed: int, world: World, n: int, origin) -> dict:
-    identity = vars(recipe) | {"seed": seed, "data_images": n} | world.identity() | dict(origin or {})
-    return json.loads(json.dumps(identity, default=dict))
-
-
-def _state(params, ema, optimizer) -> dict[str, torch.Tensor]:
-    tensors = {f"param/{name}": p for name, p in params.items()}
-    tensors |= {f"ema/{name}": p for name, p in (ema or {}).items()}
-    for name, p in params.items():
-        tensors |= {f"{slot}/{name}": value for slot, value in optimizer.state[p].items()}
-    return tensors
-
-
-def _save(path: Path, identity: dict, images: int, tensors: Mapping | None = None, scaler=None) -> None:
-    metadata = {"run": json.dumps(identity), "images": str(images), "scaler": json.dumps(scaler)}
-    save_safetensors(path, tensors or {}, metadata)
-
-
-def _difference(path: Path, identity: dict) -> str | None:
-    """How the run whose state is at `path` differs from that of `identity`; None if it does not, or there is none."""
-    if not path.exists():
-        return None
-    with open_weights(path) as state:
-        if "run" not in state.metadata:
-            raise NeonError(f"{path} is not the state of a training run; choose another --out")
-        saved = check_metadata(state, "run")
-    for key in sorted(identity.keys() | saved.keys()):
-        if identity.get(key) != saved.get(key):
-            was, now = saved.get(key), identity.get(key)
-            return f"{path.parent} holds another run ({key} is {was} there, {now} here); choose another --out"
-    return None
-
-
-@torch.no_grad()
-def _restore(path: Path, identity: dict, params, ema, optimizer, scaler) -> int:
-    """Load a saved state in place; returns the images seen so far, 0 without a state."""
-    if not path.exists():
-        if any(not file.name.startswith(".") for file in path.parent.glob("*")):
-            raise NeonError(f"{path.parent} is not empty and not a training folder; choose another --out")
-        return 0
-    if difference := _difference(path, identity):
-        raise NeonError(difference)
-    with open_weights(path) as state:
-        images = check_state(state, params, ema, scaler, identity)
-        if not len(state):  # not begun, or finished
-            return images
-        for name, p in params.items():
-            p.copy_(state[f"param/{name}"])
-            if ema is not None:
-                ema[name].copy_(state[f"ema/{name}"])
-            slots = ("step", "exp_avg", "exp_avg_sq")  # none before the first step
-            found = {slot: state[f"{slot}/{name}"] for slot in slots if f"{slot}/{name}" in state}
-            # Moments take the memory layout of their parameter, which fused optimizers need.
-            optimizer.state[p] = {
-                k: torch.empty_like(p).copy_(t) if t.ndim else t.to(p.device) for k, t in found.items()
-            }
-        scaler.load_state_dict(json.loads(state.metadata["scaler"]))
-        return images
-
-
-def check_state(state: Weights, params: Mapping, ema: Mapping | None, scaler, identity: Mapping) -> int:
-    """The images that a saved state has seen. Raises NeonError unless all in it is as _save has written it for these
-    parameters: a moment of another shape would be written over other memory by fused optimizers."""
-    wrong = f"{state.path} is damaged, or not of this run: "
-    images, batch, budget = state.metadata.get("images", ""), identity["batch"], identity["budget"]
-    if not (re.fullmatch(r"\d{1,18}", images, re.ASCII) and int(images) % batch == 0 and int(images) < budget + batch):
-        raise NeonError(f"{wrong}images is {images[:40]!r}")
-    if bool(len(state)) != (0 < int(images) < budget):
-        raise NeonError(f"{wrong}{len(state)} tensors after {images} images")
-    if not len(state):
-        return int(images)
-    wanted = {f"param/{name}": _spec(p) for name, p in params.items()}
-    wanted |= {f"ema/{name}": _spec(p) for name, p in (ema or {}).items()}
-    for name, p in params.items():
-        slots = {"step": (torch.float32, ()), "exp_avg": _spec(p), "exp_avg_sq": _spec(p)}
-        slots = {f"{slot}/{name}": spec for slot, spec in slots.items()}
-        if any(slot in state for slot in slots):  # a parameter without gradients has none
-            wanted |= slots
-    for name in [*wanted, *state]:
-        if name not in state or name not in wanted:
-            raise NeonError(f"{wrong}{name} is {'missing' if name in wanted else 'not of this network'}")
-        if state.spec(name) != wanted[name]:
-            raise NeonError(f"{wrong}{name} is {state.spec(name)}, not {wanted[name]}")
-    found, own = check_metadata(state, "scaler"), scaler.state_dict()
-    if found.keys() != own.keys() or any(type(found[name]) not in (int, float) for name in own):
-        raise NeonError(f"{wrong}its scaler is {str(found)[:60]}")
-    return int(images)
-
-
-def _spec(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
-    return tensor.dtype, tuple(tensor.shape)
 
 
 class _Requests:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 # Processes forked from one that has imported torch: a command starts in a tenth of a second.
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["neon.cli", "neon.cli.commands", "edm.family"])
+forkserver.set_forkserver_preload(["neon.cli", "neon.cli.commands", "edm.family", "neon.shard"])
 
 
 def words(argv) -> list[str]:
@@ -66,6 +66,21 @@ def ranks(n: int, *argv) -> list:
     """A command in n processes that find each other as under torchrun."""
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n)}
     return [start(*argv, RANK=str(i), LOCAL_RANK=str(i), **meet) for i in range(n)]
+
+
+def job(n: int, function, *args) -> None:
+    """function(*args) in n processes that find each other as under torchrun; it is that of a module."""
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(n)}
+    each = [meet | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
+    started = [forkserver.Process(target=_call, args=(function, args, env), daemon=True) for env in each]
+    for process in started:
+        process.start()
+    finish(*started)
+
+
+def _call(function, args, env) -> None:
+    os.environ.update(env)
+    function(*args)
 
 
 def kill_when(condition, *processes, delay: float = 0, timeout: float = 60) -> None:

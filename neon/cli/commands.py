@@ -59,6 +59,7 @@ from neon.selftrain import snapshots, train
 from neon.surface import Node, Space, SurfaceSearch, curve, drifts
 from neon.weights.checkpoint import open_weights, write_safetensors
 from neon.weights.compare import compare
+from neon.whole import Whole
 
 
 def run_download(args) -> None:
@@ -128,25 +129,38 @@ def run_train(args) -> None:
     recipe = dataclasses.replace(recipe, **changes)
     data = ImageSet(args.data, first=args.max_images)
     tf32 = recipe.tf32 if args.tf32 is None else args.tf32
-    with world(args.device, tf32, args.streams) as here, writing(args.out, here):
+    with world(args.device, tf32, args.streams, joined=args.shard) as here, writing(args.out, here):
         if here.device.type == "cpu" and not args.precision:
             recipe = dataclasses.replace(recipe, precision="float32")
         recipe = dataclasses.replace(recipe, tf32=here.tf32)
-        if hasattr(args, "base"):
-            model = family.load(args.base, device=here.device, **recipe.network, **loading(args, family))
-            origin = {"base": sha256(args.base)}
-        else:
-            torch.manual_seed(args.seed)
-            model = family.create(args.network, device=here.device, **recipe.network, **loading(args, family))
-            origin = {"network": args.network}
-        if vae := family.metadata(model).get("vae_sha256"):
+        place = _place(args)(family, partial(_started, args, family, recipe), here, args.recompute)
+        origin = {"base": sha256(args.base)} if hasattr(args, "base") else {"network": args.network}
+        if vae := place.metadata.get("vae_sha256"):
             origin["vae"] = vae
         if (record := Path(args.data, "generate.json")).exists():
             origin["data"] = sha256(record)
-        options = {name: getattr(args, name) for name in TRAINING} | {"origin": origin}
-        written = train(family, model, data, recipe, args.out, world=here, seed=args.seed, **options)
+        options = {name: getattr(args, name) for name in TRAINING} | {"origin": origin, "place": place}
+        written = train(family, place.model, data, recipe, args.out, world=here, seed=args.seed, **options)
         if here.rank == 0:
             print(f"{len(written)} snapshots in {args.out}, the last is {written[-1].name} ({recipe.precision})")
+
+
+def _place(args) -> type[Whole]:
+    """How the processes hold the network."""
+    if not args.shard:
+        return Whole
+    from neon.shard import Sharded  # here, for it loads more of torch than others need
+
+    return Sharded
+
+
+def _started(args, family, recipe, device) -> torch.nn.Module:
+    """The model that training starts from, on the device."""
+    options = {"device": device, **recipe.network, **loading(args, family)}
+    if hasattr(args, "base"):
+        return family.load(args.base, **options)
+    torch.manual_seed(args.seed)
+    return family.create(args.network, **options)
 
 
 def run_generate(args) -> None:

@@ -221,6 +221,16 @@ def add_training(p: argparse.ArgumentParser, family) -> None:
     p.add_argument("--raw", action="store_true", help="next to snapshots of an average, also write the raw weights")
     p.add_argument("--save_minutes", type=rate, metavar="M", help="also save the state every M minutes")
     p.add_argument("--tensorboard", metavar="DIR", help="also write the numbers of log.jsonl for TensorBoard to DIR")
+    memory = p.add_argument_group("less memory, for large networks: docs/sharding.md. The weights are the same")
+    memory.add_argument(
+        "--shard",
+        action="store_true",
+        help="each process of torchrun holds a part of the network, its gradients, moments and average (FSDP2); the"
+        " state is a folder, and any number of processes resumes it",
+    )
+    memory.add_argument(
+        "--recompute", action="store_true", help="keep less for the backward pass, which computes each block again"
+    )
     if family:
         add_fields(p, family.Loading)
     changes = p.add_argument_group("changes to the recipe")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from neon import NeonError
 from neon.cli.options import method_of, sampling_options
 from neon.cli.parser import parse
-from neon.cost import Device, device, features, training
+from neon.cost import Device, device, features, training, training_memory
 from neon.data import ImageSet
 from neon.distributed import rank
 from neon.family import Family, Recipe, get_family, named
@@ -75,6 +75,7 @@ def run_train(args) -> None:
     start = f"from {args.base}" if hasattr(args, "base") else f"a new {args.network}"
     written = made_by(args, NOTHING).snapshots
     _say(args, f"would train {start} on {args.data} and write {written} snapshots to {args.out}", trained(args))
+    _say_memory(args)
 
 
 def run_evaluate(args) -> None:
@@ -198,6 +199,17 @@ def _say(args, what: str, row: Row) -> None:
         f"time         {total['gpu_hours']:,.3g} hours of {describe(where)}; {total['hours']:,.3g} with {gpus} at once"
     )
     print(f"disk         at most {row.disk / 1e9:,.3g} GB")
+
+
+def _say_memory(args) -> None:
+    """Of each process, in training."""
+    if rank():
+        return
+    family, processes = get_family(args.family), int(os.environ.get("WORLD_SIZE", 1))
+    network, recipe = made_by(args, NOTHING).network, _recipe(args, family)
+    held, added = training_memory(family, network, recipe, processes, args.shard, args.recompute)
+    whose = f"a process of {processes}" if processes > 1 else "the process"
+    print(f"memory       {held / 1e9:,.3g} GB of {whose}, {added / 1e9:,.3g} GB more within a step, and activations")
 
 
 def _device(name: str) -> Device:
