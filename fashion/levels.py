@@ -25,7 +25,7 @@ def levels(results: Path, titles: dict[str, str]) -> tuple[pd.DataFrame, str]:
     Raises NeonError if the baselines and the models are not of equally many images.
     """
     rows = {name: row_of(results / f"baselines/{name}.json") for name in BASELINES}
-    lines = [{"images": BASELINES[name], **row} for name, row in rows.items()]
+    lines = [{**row, "images": BASELINES[name]} for name, row in rows.items()]
     final = read_table(results / "final.csv")
     if final is not None:
         measured = [metric for metric in METRICS if metric in final]

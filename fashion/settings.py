@@ -2,7 +2,7 @@
 
 params.yaml chooses cpu or gpu.
 
-Seeds 0… are the reported replicates. Seeds from 100 on are for choosing these values; so far none was chosen so.
+Seeds 0… are the reported replicates. Seeds from 100 on are for choosing these values (docs/fashion.md).
 
 Time, computed from throughput of one thread on a loaded AMD EPYC (images per CPU second, batches of 64, 28×28):
 
@@ -11,10 +11,10 @@ Time, computed from throughput of one thread on a loaded AMD EPYC (images per CP
     flow    16 channels, [1, 2, 2]              210                   610
     var     width 128, depth 4, 70 codes        127     170 (whole image)
     imm     patches of 4, width 128, depth 4    223                   670
-    lite0   at 64 pixels                          –                   240
+    lite0   at 64 pixels                          –                   550
 
-With the numbers below, three seeds on two cores: edm 2.1 h, flow 1.8 h (if dopri5 takes 40 passes at its tolerance),
-var 0.9 h with its tokenizer, imm 0.8 h, the features 0.2 h: 5.8 h. Computed, not measured as a whole.
+With the numbers below, three seeds on two cores: edm 1.9 h, flow 1.6 h (if dopri5 takes 40 passes at its tolerance),
+var 0.9 h with its tokenizer, imm 0.8 h, the features 0.1 h: 5.3 h. Computed, not measured as a whole.
 """
 
 from dataclasses import replace

@@ -169,7 +169,9 @@ def test_a_chain_from_idx_files_to_tables(tmp_path):
     shown = module("levels", "--results", results)
     assert "| FD (classifier) |" in shown
     table = pd.read_csv(results / "levels.csv")
-    assert table["images"].tolist()[2:] == [
+    assert table["images"].tolist() == [
+        "training images",
+        "the mean image of each class",
         "Flow matching, 4 Euler steps: base (w = 0)",
         "Flow matching, 4 Euler steps: Neon (w*)",
     ]
@@ -180,9 +182,20 @@ def test_levels_of_unequally_many_images_are_refused(tmp_path):
     (tmp_path / "baselines").mkdir()
     row = {"fid": 1.0, "precision": 1.0, "recall": 1.0, "features": "lite0-01234567"}
     for name, n in (("train", 10), ("means", 20)):
-        (tmp_path / f"baselines/{name}.json").write_text(json.dumps(row | {"n": n}))
+        (tmp_path / f"baselines/{name}.json").write_text(json.dumps(row | {"n": n, "images": "train.zip"}))
     with pytest.raises(NeonError, match=r"distances of .*10.*20.* do not compare"):
         levels(tmp_path, {})
+
+
+def test_levels_name_what_was_measured(tmp_path):
+    (tmp_path / "baselines").mkdir()
+    row = {"n": 10, "precision": 1.0, "recall": 1.0, "features": "lite0-01234567"}
+    for name, fid in (("train", 1.0), ("means", 2.0)):
+        text = json.dumps(row | {"fid": fid, "images": f"runs/baselines/{name}.zip"})
+        (tmp_path / f"baselines/{name}.json").write_text(text)
+    table, distance = levels(tmp_path, {})
+    assert dict(zip(table["images"], table["fid"])) == {"training images": 1.0, "the mean image of each class": 2.0}
+    assert distance == "FD (EfficientNet-Lite0)"
 
 
 def test_a_table_names_the_distance_by_its_features():
