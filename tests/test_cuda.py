@@ -11,14 +11,16 @@ import sys
 import pytest
 import torch
 from processes import ROOT, neon
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.append(str(ROOT))
 from benchmarks.gpu import parity
 from benchmarks.gpu.card import Card, Graphed, StandIn, tf32
 from benchmarks.gpu.parity import DIGITS, Case
 from benchmarks.gpu.suite import REHEARSED
-from benchmarks.gpu.targets import build
+from benchmarks.gpu.targets import build, compute_in
 from benchmarks.gpu.training import images_for
+from neon.counter import Counted
 from neon.distributed import World
 from neon.family import FAMILIES, get_family
 from neon.measure.features import load_extractor
@@ -44,6 +46,30 @@ def card():
 def test_a_family_samples_and_has_gradients_as_on_the_cpu(card, name, precision):
     row = parity.compared(card, Case(get_family(name), "digits", DIGITS[name]), precision)
     assert row["passed"], row
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_has_a_fast_kernel(card, name, precision):
+    """One that does not form all weights, for the shapes and masks of the paper's layers; else PyTorch says so."""
+    (network, options, vae), *_ = parity.REDUCED[name]
+    case = Case(get_family(name), network, options, vae, images=2)
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    if card.device.type == "cpu":
+        kernels.append(SDPBackend.MATH)
+    model = case.model(card.device)
+    compute_in(case.family, model, precision)
+    with sdpa_kernel(kernels):
+        assert len(parity.sampled(case, model, parity.Codes())) == 2
+
+
+def test_counted_streams_are_those_of_the_cpu(card):
+    here, there = (Counted(range(5), device) for device in ("cpu", card.device))
+    assert torch.equal(there.rand((1000,)).cpu(), here.rand((1000,)))
+    assert torch.equal(there.randint(10).cpu(), here.randint(10))
+    for draw in ("randn", "exponential"):
+        one, other = getattr(there, draw)((1000,)).cpu(), getattr(here, draw)((1000,))
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 class Interrupted(Exception):
