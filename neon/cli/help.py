@@ -36,7 +36,7 @@ EXAMPLES = {
         "neon selftrain --preset edm_cifar10_cond --data S --out runs/cond --save_minutes 30",
         "torchrun --standalone --nproc_per_node=8 -m neon.cli selftrain --preset var_d16 --data S --out runs/var",
         "torchrun --standalone --nproc_per_node=8 -m neon.cli selftrain --preset var_d36 --data S --out runs/d36 \\\n"
-        "      --shard --recompute   # of a network that is too large for one card",
+        "      --shard --recompute",
     ],
     "generate": [
         "neon generate --family edm --model checkpoints/base.pkl --seeds 0-5999 --out S",
