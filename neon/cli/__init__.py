@@ -3,6 +3,7 @@ plan.py says what it would cost."""
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -92,8 +93,19 @@ def _ended_by(run: Callable[[], None], debug: bool = False) -> tuple[str, int] |
         name, status = ended_by()
         return f"stopped by {name}: {stopped}", status
     except Exception as error:
+        if _lost_another(error):
+            return "error: another process of this run has ended; what it printed says why", 1
         return _unexpected(error, debug), UNEXPECTED
     return None
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether that is what gloo or NCCL raises where a process waits for one that has ended."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone or not isinstance(error, RuntimeError):
+        return False
+    by_name = type(error).__name__ in ("DistBackendError", "DistNetworkError")  # of torch, which is not loaded for it
+    return by_name or bool(re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)))
 
 
 def _unexpected(error: Exception, debug: bool) -> str:

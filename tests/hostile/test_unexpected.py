@@ -57,6 +57,16 @@ def test_what_is_expected_stays_as_it_is(monkeypatch):
     assert fails(SystemExit(3), monkeypatch=monkeypatch)[0] == 3
 
 
+def test_a_process_whose_partner_has_ended_is_no_defect(monkeypatch):
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:60066")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = "error: another process of this run has ended; what it printed says why\n"
+    assert fails(gone, monkeypatch=monkeypatch) == (1, said)
+    assert fails(RuntimeError("two"), "--debug", monkeypatch=monkeypatch)[0] == 70
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert fails(gone, "--debug", monkeypatch=monkeypatch)[0] == 70
+
+
 def test_of_scripts_too(monkeypatch, capsys):
     def script():
         assert sys.argv == ["script", "a"]
