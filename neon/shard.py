@@ -36,7 +36,7 @@ from neon.distributed import World
 from neon.family import FAMILIES, Family
 from neon.files import filling, reading, reason_of, sync_folder
 from neon.recompute import HELD, blocks_of, is_called, recompute_in
-from neon.state import SHARDS, STATE, Run, spec_of
+from neon.state import SHARDS, STATE, Run, spec_of, specs_of
 from neon.weights.checkpoint import check_metadata, open_weights, write_safetensors
 from neon.whole import Whole
 
@@ -316,8 +316,7 @@ def check_shards(folder: Path, files: Mapping[str, int], run: Run) -> set[str]:
 
 
 def _specs(run: Run, moments: set[str]) -> dict[str, Spec]:
-    wanted = {f"param/{name}": spec_of(p) for name, p in run.params.items()}
-    wanted |= {f"ema/{name}": spec_of(p) for name, p in (run.ema or {}).items()}
+    wanted = specs_of(run)
     for slot in ("exp_avg", "exp_avg_sq"):
         wanted |= {f"{slot}/{name}": spec_of(run.params[name]) for name in moments}
     return wanted | {"step": (torch.float32, (len(run.params),))}

@@ -103,8 +103,7 @@ def check_state(state: Weights, run: Run, identity: Mapping) -> int:
         raise damaged(state.path, f"{len(state)} tensors after {images} images")
     if not len(state):
         return images
-    wanted = {f"param/{name}": spec_of(p) for name, p in run.params.items()}
-    wanted |= {f"ema/{name}": spec_of(p) for name, p in (run.ema or {}).items()}
+    wanted = specs_of(run)
     for name, p in run.params.items():
         slots = {"step": (torch.float32, ()), "exp_avg": spec_of(p), "exp_avg_sq": spec_of(p)}
         slots = {f"{slot}/{name}": spec for slot, spec in slots.items()}
@@ -136,6 +135,12 @@ def check_scaler(state: Weights, scaler: torch.amp.GradScaler) -> None:
     found, own = check_metadata(state, "scaler"), scaler.state_dict()
     if found.keys() != own.keys() or any(type(found[name]) not in (int, float) for name in own):
         raise damaged(state.path, f"its scaler is {str(found)[:60]}")
+
+
+def specs_of(run: Run) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What every state of the run holds: weights, and their average if there is one."""
+    wanted = {f"param/{name}": spec_of(p) for name, p in run.params.items()}
+    return wanted | {f"ema/{name}": spec_of(p) for name, p in (run.ema or {}).items()}
 
 
 def spec_of(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:

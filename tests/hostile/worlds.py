@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,7 +119,3 @@ def _without_images(found: dict, ranks: int) -> dict:
 
 def _alone(value):
     return {key: v for key, v in value.items() if key != "world"} if isinstance(value, dict) else value
-
-
-def families() -> Iterator[str]:
-    yield from NETWORKS
